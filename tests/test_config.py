@@ -1,0 +1,118 @@
+"""FluxConfig: what it accepts, what it refuses, and that its JSON and hash are stable."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import ConfigError
+
+ALTERED = {
+    "sparse": "triangle",
+    "sink": 64,
+    "local": 512,
+    "pool_size": 16,
+    "decode": "dense",
+    "retrieval": "xattention",
+    "stride": 8,
+    "threshold": 0.5,
+    "block": 64,
+    "last": 7,
+}
+
+
+def test_defaults_are_the_methods():
+    assert FluxConfig().to_dict() == {
+        "sparse": "streaming",
+        "sink": 128,
+        "local": 2048,
+        "pool_size": 100,
+        "decode": "sparse",
+        "retrieval": "full",
+        "stride": 16,
+        "threshold": 0.9,
+        "block": 128,
+        "last": 128,
+    }
+
+
+def test_frozen_and_hashable():
+    config = FluxConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sink = 1
+    assert len({config, FluxConfig(), FluxConfig(sink=1)}) == 2
+
+
+@pytest.mark.parametrize(
+    "config", [FluxConfig(), FluxConfig(**ALTERED)], ids=["default", "altered"]
+)
+def test_round_trips(config):
+    assert FluxConfig.from_json(config.to_json()) == config
+    assert FluxConfig.from_dict(config.to_dict()) == config
+
+
+def test_absent_fields_take_defaults():
+    assert FluxConfig.from_dict({"sink": 64}) == FluxConfig(sink=64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "got"),
+    [
+        ({"sparse": "dilated"}, "'streaming', 'xattention', 'triangle'", "'dilated'"),
+        ({"sparse": ["streaming"]}, "'streaming', 'xattention', 'triangle'", "['streaming']"),
+        ({"decode": "fast"}, "'sparse', 'dense'", "'fast'"),
+        ({"retrieval": "streaming"}, "'full', 'xattention'", "'streaming'"),
+        ({"sink": 0}, "an int >= 1", "0"),
+        ({"local": -5}, "an int >= 1", "-5"),
+        ({"pool_size": 0}, "an int >= 1", "0"),
+        ({"sink": 1.5}, "an int >= 1", "1.5"),
+        ({"sink": True}, "an int >= 1", "True"),
+        ({"local": "2048"}, "an int >= 1", "'2048'"),
+        ({"last": None}, "an int >= 1", "None"),
+        ({"stride": 0}, "an int >= 1", "0"),
+        ({"threshold": 0}, "a number in (0, 1]", "0"),
+        ({"threshold": 1.01}, "a number in (0, 1]", "1.01"),
+        ({"threshold": float("nan")}, "a number in (0, 1]", "nan"),
+        ({"threshold": "0.9"}, "a number in (0, 1]", "'0.9'"),
+        ({"block": 24}, "a multiple of stride (16)", "24"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_fields_say_expected_and_got(fields, expected, got):
+    with pytest.raises(ConfigError) as caught:
+        FluxConfig(**fields)
+    message = str(caught.value)
+    assert f"FluxConfig.{next(iter(fields))}" in message
+    assert expected in message
+    assert message.endswith(f"got {got}")
+
+
+def test_unknown_fields_are_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"'sink'.*got unknown \['sinks', 'temperature'\]"):
+        FluxConfig.from_dict({"sinks": 1, "temperature": 2, "local": 3})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", '{"sink": NaN}', "[" * 100_000])
+def test_bad_json_is_a_config_error(text):
+    with pytest.raises(ConfigError, match=r"expected .*got"):
+        FluxConfig.from_json(text)
+
+
+def test_hash_follows_every_field():
+    hashes = {FluxConfig(**{name: value}).stable_hash() for name, value in ALTERED.items()}
+    assert len(hashes | {FluxConfig().stable_hash()}) == len(ALTERED) + 1
+    assert FluxConfig(threshold=1).stable_hash() == FluxConfig(threshold=1.0).stable_hash()
+
+
+def test_hash_is_the_same_in_another_process():
+    script = "from fluxcompile.config import FluxConfig; print(FluxConfig(sink=7).stable_hash())"
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "12345", "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert out.stdout.strip() == FluxConfig(sink=7).stable_hash()
