@@ -1,0 +1,35 @@
+"""Shared set-up: one thread a process, GPU and slow tests skipped where they do not belong."""
+
+import os
+
+# Before torch is imported: workers of pytest-xdist would otherwise fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import sys
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the full matrix too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
+    not_asked = pytest.mark.skip(reason="full matrix: run with --slow")
+    slow_wanted = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not slow_wanted:
+            item.add_marker(not_asked)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Same seed for every test, and no compiled code left behind for the next one."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
