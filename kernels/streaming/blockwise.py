@@ -1,0 +1,74 @@
+"""Exact attention under masks that are no plain ranges, block by block over queries.
+
+Slow and rare: padding with holes, or a mask that could not be read. Runs on any device, never
+synchronises, and never builds a ``Sq x Skv`` buffer.
+"""
+
+import torch
+from torch import Tensor
+
+from fluxcompile.kernels.block import attend
+
+_QUERIES = 256  # queries a block
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float
+) -> Tensor:
+    """Attend under exactly ``mask`` bool ``[B|1, 1, Sq, Skv]``; returns ``[B, Sq, H, D]``."""
+    out = _empty_output(q)
+    for first in range(0, q.shape[2], _QUERIES):
+        block = slice(first, first + _QUERIES)
+        rows = attend(q[:, :, block], k, v, mask[:, :, block], scale=scale, softcap=softcap)
+        out[:, block] = rows.transpose(1, 2)
+    return out
+
+
+def ranked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_valid: Tensor,
+    q_start: Tensor | None,
+    route: Tensor | None,
+    *,
+    sink: int | None,
+    local: int | None,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Causal attention over ``key_valid`` with holes; distances of sparse rows count valid keys.
+
+    Args:
+        sink: None: every row is dense. For the rest see :mod:`fluxcompile.kernels.ops`.
+
+    Returns:
+        ``[B, Sq, H, D]``.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    # Invalid keys may hold anything, NaN too, which a zero weight would not remove.
+    invalid = ~key_valid[:, None, :, None]
+    k, v = k.masked_fill(invalid, 0), v.masked_fill(invalid, 0)
+    index = torch.arange(keys, device=q.device)
+    rank = key_valid.cumsum(-1, dtype=torch.int32) - 1
+    out = _empty_output(q)
+    for first in range(0, queries, _QUERIES):
+        block = slice(first, first + _QUERIES)
+        position = index.new_tensor(keys - queries) if q_start is None else q_start
+        position = position + torch.arange(first, min(first + _QUERIES, queries), device=q.device)
+        seen = key_valid[:, None, :] & (index <= position[:, None])
+        if window:
+            seen &= index > position[:, None] - window
+        if sink is not None:
+            rank_query = rank[:, position.clamp(0, keys - 1)]
+            near = (rank[:, None, :] < sink) | (rank_query[:, :, None] - rank[:, None, :] < local)
+            seen &= near if route is None else near | route[:, None, None]
+        rows = attend(q[:, :, block], k, v, seen[:, None], scale=scale, softcap=softcap)
+        out[:, block] = rows.transpose(1, 2)
+    return out
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    batch, heads, queries, head_dim = q.shape
+    return q.new_empty(batch, queries, heads, head_dim)

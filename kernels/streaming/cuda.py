@@ -1,0 +1,46 @@
+"""Full and streaming attention on CUDA: which implementation serves which operands."""
+
+import torch.nn.functional as F
+
+from fluxcompile.kernels.dispatch import triton_module
+from fluxcompile.kernels.streaming.blockwise import masked_attention, ranked_attention
+from fluxcompile.kernels.validation import check_readable
+
+
+def full_attention(q, k, v, bounds, key_valid, flags, dense_mask, q_start, window, scale, softcap):
+    """See :func:`fluxcompile.kernels.ops.full_attention`.
+
+    Torch's fused kernels (cuDNN, FlashAttention) are the fastest where they can serve.
+    """
+    everything = q_start is None and not window and not softcap and (flags is None or flags.all())
+    queries, keys = q.shape[2], k.shape[2]
+    if everything and queries in (1, keys):
+        causal = queries > 1  # torch aligns its causal mask at the upper left: equal lengths only
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).contiguous()
+    return streaming_attention(
+        q, k, v, bounds, key_valid, flags, dense_mask, q_start, None,
+        None, None, window, scale, softcap,
+    )  # fmt: skip
+
+
+def streaming_attention(
+    q, k, v, bounds, key_valid, flags, dense_mask, q_start, route,
+    sink, local, window, scale, softcap,
+):  # fmt: skip
+    """See :func:`fluxcompile.kernels.ops.streaming_attention`; sink None: every row is dense."""
+    if not check_readable(flags, dense_mask):
+        return masked_attention(q, k, v, dense_mask, scale=scale, softcap=softcap)
+    if flags is not None and not flags[1]:
+        return ranked_attention(
+            q, k, v, key_valid, q_start, route,
+            sink=sink, local=local, window=window, scale=scale, softcap=softcap,
+        )  # fmt: skip
+    # All keys valid: the kernel then needs no bounds.
+    ranges = None if flags is None or flags[2] else bounds
+    return triton_module("streaming").attention(
+        q, k, v, ranges, q_start, route,
+        sink=sink, local=local, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Checks on operands, shared by every device and by the fakes.
+
+Lengths are compared only when both are plain integers: under a trace they may be symbols, and a
+comparison would add a guard that the operator itself does not need.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fluxcompile.errors import KernelError
+
+_HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def check_key_valid(key_valid: Tensor) -> None:
+    """``key_valid`` must be bool ``[B, Skv]``."""
+    _check("key_valid", key_valid, torch.bool, ("B", "Skv"))
+
+
+def check_mask(mask: Tensor, q_start: Tensor) -> None:
+    """``mask`` must be bool ``[B, 1, Sq, Skv]`` with a query, ``q_start`` int32 ``[1]``."""
+    _check("mask", mask, torch.bool, ("B", 1, "Sq", "Skv"))
+    _check("q_start", q_start, torch.int32, (1,), device=mask.device)
+    if _known(mask.shape[2], 0):
+        raise KernelError.mismatch("mask queries", "at least 1", "0")
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    key_valid: Tensor | None,
+    flags: Tensor | None,
+    dense_mask: Tensor | None,
+    q_start: Tensor | None,
+    route: Tensor | None = None,
+) -> None:
+    """Check the operands of ``full_attention`` and ``streaming_attention``."""
+    _check_qkv(q, k, v)
+    batch, _, queries, _ = q.shape
+    keys = k.shape[2]
+    present = [name for name, x in (("bounds", bounds), ("key_valid", key_valid), ("flags", flags))
+               if x is not None]  # fmt: skip
+    if present and len(present) < 3:
+        raise KernelError.mismatch(
+            "key mask", "bounds, key_valid and flags together, or none", f"only {present}"
+        )
+    if bounds is not None:
+        _check("bounds", bounds, torch.int32, (batch, 2), device=q.device)
+        _check("key_valid", key_valid, torch.bool, (batch, keys), device=q.device)
+        _check("flags", flags, torch.bool, (3,), device=torch.device("cpu"))
+    if dense_mask is not None:
+        rows = 1 if _known(dense_mask.shape[0], 1) else batch
+        _check("dense_mask", dense_mask, torch.bool, (rows, 1, queries, keys), device=q.device)
+    if q_start is not None:
+        _check("q_start", q_start, torch.int32, (1,), device=q.device)
+    elif isinstance(queries, int) and isinstance(keys, int) and queries > keys:
+        raise KernelError.mismatch("Sq without q_start", f"at most Skv = {keys}", queries)
+    if route is not None:
+        _check("route", route, torch.bool, (batch,), device=q.device)
+
+
+def check_streaming(sink: int, local: int) -> None:
+    """``sink`` must be at least 0 and ``local`` at least 1, both in tokens."""
+    if isinstance(sink, int) and sink < 0:
+        raise KernelError.mismatch("sink", "at least 0 tokens", sink)
+    if isinstance(local, int) and local < 1:
+        raise KernelError.mismatch("local", "at least 1 token", local)
+
+
+def check_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds4: Tensor,
+    key_valid: Tensor | None,
+    route: Tensor | None,
+) -> None:
+    """Check the operands of ``decode_attention``."""
+    _check_qkv(q, k, v)
+    batch = q.shape[0]
+    if not _same(q.shape[2], 1):
+        raise KernelError.mismatch("queries a row at decode", "1", q.shape[2])
+    _check("bounds4", bounds4, torch.int32, (batch, 4), device=q.device)
+    if key_valid is not None:
+        _check("key_valid", key_valid, torch.bool, (batch, k.shape[2]), device=q.device)
+    if route is not None:
+        _check("route", route, torch.bool, (batch,), device=q.device)
+
+
+def check_readable(flags: Tensor | None, dense_mask: Tensor | None) -> bool:
+    """Whether the key mask may be used; if not, ``dense_mask`` must be there."""
+    if flags is None or bool(flags[0]):
+        return True
+    if dense_mask is None:
+        raise KernelError.mismatch("dense_mask", "the mask, as flags say it is unreadable", "None")
+    return False
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    dtypes = _HALF_AND_SINGLE + ((torch.float64,) if q.device.type == "cpu" else ())
+    if q.dtype not in dtypes:
+        raise KernelError.mismatch("q dtype", " or ".join(map(str, dtypes)), q.dtype)
+    _check("q", q, q.dtype, ("B", "H", "Sq", "D"))
+    batch, heads, _, head_dim = q.shape
+    _check("k", k, q.dtype, (batch, "HK", "Skv", head_dim), device=q.device)
+    _check("v", v, q.dtype, tuple(k.shape), device=q.device)
+    kv_heads = k.shape[1]
+    if isinstance(heads, int) and isinstance(kv_heads, int) and (not kv_heads or heads % kv_heads):
+        raise KernelError.mismatch("query heads", f"a multiple of {kv_heads} KV heads", heads)
+    if isinstance(head_dim, int) and not 0 < head_dim <= MAX_HEAD_DIM:
+        raise KernelError.mismatch("head dim", f"1 to {MAX_HEAD_DIM}", head_dim)
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int | str],
+    device: torch.device | None = None,
+) -> None:
+    """Check rank, dtype, device and lengths; a word in ``shape`` stands for any length."""
+    fits = len(shape) == tensor.dim() and all(map(_same, shape, tensor.shape))
+    if not fits or tensor.dtype != dtype:
+        wanted = ", ".join(map(str, shape))
+        raise KernelError.mismatch(
+            name, f"{dtype} [{wanted}]", f"{tensor.dtype} {list(tensor.shape)}"
+        )
+    if device is not None and tensor.device != device:
+        raise KernelError.mismatch(f"{name} device", device, tensor.device)
+
+
+def _known(length: int | torch.SymInt, value: int) -> bool:
+    return isinstance(length, int) and length == value
+
+
+def _same(expected: int | str | torch.SymInt, got: int | torch.SymInt) -> bool:
+    if isinstance(expected, int) and isinstance(got, int):
+        return expected == got
+    return True
