@@ -12,7 +12,7 @@ from fluxcompile.kernels.validation import check_readable
 
 # Queries a block. A sparse block reads sink + local + block keys, so a small block wastes least;
 # below this the fixed cost of a call shows.
-_QUERIES = 256
+_QUERIES = 128
 
 
 @dataclass(frozen=True)
