@@ -112,7 +112,7 @@ class FluxConfig:
         """
         try:
             fields = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError.mismatch(
                 "FluxConfig", "a JSON object", f"bad JSON ({error})"
             ) from error

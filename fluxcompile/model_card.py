@@ -1,0 +1,50 @@
+"""The model card written beside a saved router."""
+
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from fluxcompile.router import FluxRouter
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# Flux Attention router for {{ base_model }}
+
+One tiny router for each of the {{ layers }} attention layers (head dimension {{ head_dim }}) of
+`{{ base_model }}`. From the prompt it decides which layers run full and which run sparse
+attention. Method: [Flux Attention](https://arxiv.org/abs/2604.07394). The base model is not
+included and its weights are not changed.
+
+```python
+import torch, fluxcompile
+
+fluxcompile.attach(model, "path/or/owner/name")
+model.compile(backend="flux")
+```
+
+| setting | value |
+|---|---|
+{% for name, value in settings.items() -%}
+| `{{ name }}` | {{ value }} |
+{% endfor %}"""
+
+
+def model_card(router: "FluxRouter", data: ModelCardData, **values: Any) -> ModelCard:
+    """Fill the card of ``router``.
+
+    Args:
+        router: what the card describes.
+        data: the card's metadata.
+        values: override the template's ``base_model``, ``layers``, ``head_dim`` or ``settings``.
+    """
+    known = {
+        "base_model": router.base_model or "an unnamed model",
+        "layers": len(router.layer_names),
+        "head_dim": router.head_dim,
+        "settings": router.config.to_dict(),
+    }
+    return ModelCard.from_template(data, template_str=_TEMPLATE, **(known | values))

@@ -1,0 +1,254 @@
+"""Reading and writing a router's files, with every byte of input checked.
+
+A saved router is a directory with ``config.json`` (what :func:`save` writes, no key more or less)
+and ``model.safetensors`` (fp32 weights named ``layers.{i}.{encoder,head}.{j}.{weight,bias}``).
+``config.json`` carries the digest of the weights, so files of two different saves never pass as one
+router.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import safetensors.torch
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+
+from fluxcompile.atomic import write_all
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import ConfigError, RouterError
+from fluxcompile.layer_router import LayerRouter
+
+if TYPE_CHECKING:
+    from fluxcompile.router import FluxRouter
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+FORMAT = "fluxcompile-router"
+FORMAT_VERSION = 1
+
+_KEYS = (
+    "format",
+    "format_version",
+    "library_version",
+    "base_model",
+    "backbone",
+    "head_dim",
+    "layer_names",
+    "flux",
+    "weights_sha256",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Tell whether ``name`` has the form ``owner/name``."""
+    return name is not None and _HUB_ID.fullmatch(name) is not None
+
+
+def save(router: "FluxRouter", directory: Path, card: str) -> None:
+    """Write ``router`` to ``directory``; an existing model card is kept.
+
+    Raises:
+        RouterError: a weight is NaN or infinite.
+        OSError: the directory cannot be written.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in router.state_dict().items()}
+    check_finite(state, "router to save")
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    fields = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": _library_version(),
+        "base_model": router.base_model,
+        "backbone": router.backbone,
+        "head_dim": router.head_dim,
+        "layer_names": list(router.layer_names),
+        "flux": router.config.to_dict(),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {WEIGHTS_FILE: weights, CONFIG_FILE: (json.dumps(fields, indent=2) + "\n").encode()}
+    if not (directory / CARD_FILE).exists():
+        files[CARD_FILE] = card.encode()
+    write_all({directory / name: data for name, data in files.items()})
+
+
+def locate(name: str | os.PathLike[str], **download: Any) -> Path:
+    """Return the directory of a saved router, downloading it if ``name`` is a Hub id.
+
+    Args:
+        name: a directory, or a repository id.
+        download: options of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        RouterError: neither, or the download failed.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or not is_hub_id(str(name)):
+        got = "a file" if path.exists() else "no such directory"
+        raise RouterError.mismatch(f"router {str(name)!r}", "a directory or owner/name", got)
+    try:
+        patterns = [CONFIG_FILE, WEIGHTS_FILE]
+        return Path(
+            huggingface_hub.snapshot_download(str(name), allow_patterns=patterns, **download)
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise RouterError.mismatch(
+            f"router {str(name)!r}", "a directory or a repository on the Hub", error
+        ) from error
+
+
+def load(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read a saved router: the arguments of :class:`FluxRouter`, and its state dict on CPU.
+
+    Raises:
+        RouterError: a file is missing, damaged, of another format, or not of the same save.
+    """
+    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    record = read_json(config_path)
+    fields = _parse(record, config_path)
+    data = read_bytes(weights_path)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != record["weights_sha256"]:
+        raise RouterError.mismatch(
+            f"sha256 of {weights_path} (damaged, or not saved together with {CONFIG_FILE})",
+            record["weights_sha256"],
+            digest,
+        )
+    try:
+        weights = safetensors.torch.load(data)
+    except Exception as error:  # The parser raises a dozen kinds on bytes it does not like.
+        raise RouterError.mismatch(
+            str(weights_path), "a safetensors file", f"{type(error).__name__}: {error}"
+        ) from error
+    check_weights(weights, len(fields["layer_names"]), fields["head_dim"], str(weights_path))
+    return fields, weights
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file; whatever is in the way is a RouterError that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RouterError.mismatch(str(path), "a readable file", error.strerror) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a RouterError that names the file."""
+    data = read_bytes(path)
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RouterError.mismatch(str(path), "a JSON object", f"bad JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise RouterError.mismatch(str(path), "a JSON object", type(record).__name__)
+    return record
+
+
+def check_fields(
+    layer_names: object, head_dim: object, base_model: object, backbone: object
+) -> None:
+    """Check the parts of a router that are neither its config nor its weights.
+
+    Raises:
+        RouterError: one of them has the wrong type or an impossible value.
+    """
+    names = layer_names if isinstance(layer_names, list | tuple) else ()
+    strings = all(isinstance(name, str) and name for name in names)
+    if not names or not strings or len(set(names)) != len(names):
+        raise RouterError.mismatch("layer_names", "distinct module paths", f"{layer_names!r}")
+    if not isinstance(head_dim, int) or isinstance(head_dim, bool) or head_dim < 1:
+        raise RouterError.mismatch("head_dim", "an int >= 1", f"{head_dim!r}")
+    if base_model is not None and not isinstance(base_model, str):
+        raise RouterError.mismatch("base_model", "a name or None", f"{base_model!r}")
+    entries = backbone.items() if isinstance(backbone, Mapping) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, int | str) for key, value in entries):
+        raise RouterError.mismatch("backbone", "a mapping to ints and strings", f"{backbone!r}")
+
+
+def check_weights(
+    weights: Mapping[str, torch.Tensor], layers: int, head_dim: int, where: str
+) -> None:
+    """Check names, shapes, dtype and finiteness of a router's state dict.
+
+    Raises:
+        RouterError: naming ``where``, the weight, and what was expected of it.
+    """
+    expected = {
+        f"layers.{layer}.{name}": shape
+        for layer in range(layers)
+        for name, shape in LayerRouter.shapes(head_dim).items()
+    }
+    if weights.keys() != expected.keys():
+        missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+        raise RouterError.mismatch(
+            f"weights in {where}",
+            f"the {len(expected)} of {layers} layers",
+            f"{len(weights)}, missing {some(missing)}, unknown {some(unknown)}",
+        )
+    for name, shape in expected.items():
+        found = weights[name]
+        if tuple(found.shape) != shape or found.dtype != torch.float32:
+            raise RouterError.mismatch(
+                f"{name} in {where}",
+                f"{shape} torch.float32 (head_dim {head_dim})",
+                f"{tuple(found.shape)} {found.dtype}",
+            )
+    check_finite(weights, where)
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise RouterError if a weight is NaN or infinite."""
+    for name, tensor in weights.items():
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise RouterError.mismatch(
+                f"{name} in {where}", "finite values", f"{bad} of {tensor.numel()} NaN or infinite"
+            )
+
+
+def some(names: Any, limit: int = 3) -> str:
+    """Write the first few of ``names``, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return f"{ordered[:limit]}{more}"
+
+
+def _parse(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    if record.get("format") != FORMAT:
+        got = f"{record.get('format')!r}"
+        if "toggle_type" in record:
+            got += " (a published checkpoint: use FluxRouter.from_fluxattention)"
+        raise RouterError.mismatch(f"format of {path}", repr(FORMAT), got)
+    version = record.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise RouterError.mismatch(f"format_version of {path}", FORMAT_VERSION, f"{version!r}")
+    if record.keys() != set(_KEYS):
+        missing, unknown = set(_KEYS) - record.keys(), record.keys() - set(_KEYS)
+        raise RouterError.mismatch(
+            f"keys of {path}", list(_KEYS), f"missing {some(missing)}, unknown {some(unknown)}"
+        )
+    fields = {key: record[key] for key in ("layer_names", "head_dim", "base_model", "backbone")}
+    try:
+        check_fields(**fields)
+        return {**fields, "config": FluxConfig.from_dict(record["flux"])}
+    except (RouterError, ConfigError) as error:
+        raise RouterError(f"{path}: {error}") from error
+
+
+def _library_version() -> str:
+    try:
+        return importlib.metadata.version("fluxcompile")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
