@@ -1,0 +1,5 @@
+"""``python -m fluxcompile`` is the ``fluxcompile`` command."""
+
+from fluxcompile.cli import app
+
+app()
