@@ -1,0 +1,171 @@
+"""The operators as PyTorch sees them: schemas, fakes, autograd, errors, imports."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fluxcompile.errors import KernelError
+from fluxcompile.kernels import ops
+
+from . import cases
+
+MIXED = cases.named("mixed-left")
+FULL = cases.named("full-left")
+UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def small(case):
+    return cases.prefill(cases.at(case, queries=20, keys=20), torch.float32)
+
+
+def calls():
+    x = small(MIXED)
+    mask = x.bounds, x.key_valid, x.flags, None, x.q_start
+    bare = cases.prefill(cases.named("full-63"), torch.float32)
+    bare = bare.q, bare.k, bare.v
+    step = cases.decode(cases.named("mixed-holes-decode"), torch.float32)
+    bare_step = cases.decode(cases.named("sparse"), torch.float32)
+    explicit = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    flux = torch.ops.flux
+    return {
+        "mask_bounds": (flux.mask_bounds.default, (x.key_valid,)),
+        "read_mask": (flux.read_mask.default, (explicit, torch.zeros(1, dtype=torch.int32))),
+        "full": (flux.full_attention.default, (x.q, x.k, x.v, *mask, 0, 0.1, 0.0)),
+        "full-bare": (flux.full_attention.default, (*bare, *[None] * 5, 5, 0.1, 2.0)),
+        "streaming": (
+            flux.streaming_attention.default,
+            (x.q, x.k, x.v, *mask, x.route, 2, 4, 0, 0.1, 0.0),
+        ),
+        "decode": (flux.decode_attention.default, (*step.operands, 0.1, 0.0)),
+        "decode-bare": (
+            flux.decode_attention.default,
+            (*bare_step.operands[:4], None, None, 0.1, 0.0),
+        ),
+    }
+
+
+@pytest.mark.parametrize("call", calls(), ids=str)
+def test_opcheck(call):
+    op, args = calls()[call]
+    torch.library.opcheck(op, args, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("call", calls(), ids=str)
+def test_fake_matches_reality(call):
+    op, args = calls()[call]
+    real = op(*args)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+    real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, fake))
+    for r, f in zip(real, fake, strict=True):
+        assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
+
+
+def test_flags_are_on_the_cpu_whatever_the_device():
+    with torch._subclasses.FakeTensorMode():
+        key_valid = torch.ones(2, 5, dtype=torch.bool, device="cuda")
+        mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="cuda")
+        q_start = torch.zeros(1, dtype=torch.int32, device="cuda")
+        bounds, flags = torch.ops.flux.mask_bounds(key_valid)
+        read = torch.ops.flux.read_mask(mask, q_start)
+        q = torch.ones(2, 4, 5, 64, device="cuda")
+        out = ops.full_attention(q, q, q, bounds, key_valid, flags, scale=1.0)
+    assert [x.device.type for x in (bounds, flags, *read)] == ["cuda", "cpu", "cuda", "cuda", "cpu"]
+    assert out.device.type == "cuda"
+
+
+def test_any_strides():
+    x = small(MIXED)
+    mask = x.bounds, x.key_valid, x.flags, None, x.q_start, x.route
+    options = {"sink": 2, "local": 4, "scale": 0.1}
+    expected = ops.streaming_attention(x.q, x.k, x.v, *mask, **options)
+    strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (x.q, x.k, x.v)]
+    torch.testing.assert_close(ops.streaming_attention(*strided, *mask, **options), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_grad_is_refused(which):
+    qkv = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    qkv[which].requires_grad_()
+    with pytest.raises(KernelError, match=r"no backward.*expected.*got"):
+        ops.full_attention(*qkv, scale=1.0)
+    with torch.no_grad():
+        ops.full_attention(*qkv, scale=1.0)
+
+
+def _bad_calls():
+    def full(**changes):
+        x = small(FULL)
+        operands = {
+            "q": x.q, "k": x.k, "v": x.v, "bounds": x.bounds, "key_valid": x.key_valid,
+            "flags": x.flags, "scale": 1.0,
+        }  # fmt: skip
+        return lambda: ops.full_attention(**operands | changes)
+
+    def streaming(**changes):
+        x = small(FULL)
+        options = {"sink": 2, "local": 4, "scale": 1.0}
+        return lambda: ops.streaming_attention(x.q, x.k, x.v, **options | changes)
+
+    def decode(**changes):
+        x = cases.decode(cases.named("sparse"), torch.float32)
+        operands = {"q": x.q, "k": x.k, "v": x.v, "bounds4": x.bounds4, "scale": 1.0}
+        return lambda: ops.decode_attention(**operands | changes)
+
+    x = torch.randn
+    return {
+        "q rank": (full(q=x(4, 20, 64)), "q"),
+        "q integer": (full(q=torch.ones(2, 4, 20, 64, dtype=torch.int64)), "q dtype"),
+        "k dtype": (full(k=x(2, 2, 20, 64).half()), "k"),
+        "k batch": (full(k=x(3, 2, 20, 64)), "k"),
+        "v shape": (full(v=x(2, 2, 19, 64)), "v"),
+        "head dim": (full(k=x(2, 2, 20, 32), v=x(2, 2, 20, 32)), "k"),
+        "heads": (full(k=x(2, 3, 20, 64), v=x(2, 3, 20, 64)), "query heads"),
+        "bounds dtype": (full(bounds=torch.zeros(2, 2)), "bounds"),
+        "bounds alone": (full(key_valid=None, flags=None), "key mask"),
+        "flags shape": (full(flags=torch.ones(2, dtype=torch.bool)), "flags"),
+        "key_valid length": (full(key_valid=torch.ones(2, 7, dtype=torch.bool)), "key_valid"),
+        "unreadable without mask": (full(flags=torch.zeros(3, dtype=torch.bool)), "dense_mask"),
+        "dense_mask dtype": (full(dense_mask=x(1, 1, 20, 20)), "dense_mask"),
+        "q_start dtype": (full(q_start=torch.zeros(1)), "q_start"),
+        "more queries than keys": (full(q=x(2, 4, 21, 64)), "Sq without q_start"),
+        "route shape": (streaming(route=torch.ones(3, dtype=torch.bool)), "route"),
+        "sink": (streaming(sink=-1), "sink"),
+        "local": (streaming(local=0), "local"),
+        "head dim too big": (
+            lambda: ops.full_attention(*[x(1, 1, 2, 512)] * 3, scale=1.0),
+            "head dim",
+        ),
+        "decode queries": (decode(q=x(2, 4, 2, 64)), "queries a row"),
+        "decode bounds": (decode(bounds4=torch.zeros(2, 2, dtype=torch.int32)), "bounds4"),
+        "decode route": (decode(route=torch.zeros(2)), "route"),
+        "mask dtype": (lambda: ops.mask_bounds(x(2, 3)), "key_valid"),
+        "mask without queries": (
+            lambda: ops.read_mask(
+                torch.ones(1, 1, 0, 3, dtype=torch.bool), torch.zeros(1, dtype=torch.int32)
+            ),
+            "mask queries",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _bad_calls(), ids=str)
+def test_bad_operands_are_refused(name):
+    call, word = _bad_calls()[name]
+    with pytest.raises(KernelError, match=f"{word}.*expected.*got"):
+        call()
+
+
+def test_cuda_without_triton_says_how_to_install(monkeypatch):
+    from fluxcompile.kernels.dispatch import triton_module
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(KernelError, match="pip install"):
+        triton_module("decode")
+
+
+def test_importing_the_ops_imports_no_triton():
+    code = "import sys, fluxcompile.kernels.ops; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
