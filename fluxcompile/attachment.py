@@ -144,7 +144,8 @@ def find(tensors: Iterable[object]) -> Attachment | None:
 def layer_of(tensor: torch.Tensor) -> int | None:
     """Return the index in ``router.layer_names`` of the layer that ``tensor`` belongs to.
 
-    None if it is of no attached model, outside the routed layers, or shared by several of them.
+    None if it is of no attached model, outside the routed layers, or shared by several of them;
+    tensors that a model got after :func:`attach` count from the next :func:`find`.
     """
     owner, layer = _owners.get(tensor, (None, None))
     return layer if owner is not None and owner() is not None else None

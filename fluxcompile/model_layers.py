@@ -73,7 +73,9 @@ def named_layers(
         raise RouterError.mismatch("layers", "distinct module paths", f"{layers!r}")
     for path in layers:
         submodule(model, path)
-    return {path: head_dim or _require_head_dim(model, path) for path in layers}
+    if head_dim is not None:
+        return dict.fromkeys(layers, head_dim)
+    return {path: _require_head_dim(model, path) for path in layers}
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
