@@ -1,0 +1,143 @@
+"""What every benchmark needs: a clock, a record of where it ran, a table and a JSON file."""
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(device: str) -> dict:
+    """Device, versions, date and commit: what a figure needs to mean anything."""
+    packages = ("torch", "triton", "transformers", "fluxcompile")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git_commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def seconds(function: Callable[[], object], repeat: int, device: str) -> list[float]:
+    """The time of each of ``repeat`` calls, by CUDA events on a GPU. Warm up before."""
+    return [(_cuda_seconds if device == "cuda" else _cpu_seconds)(function) for _ in range(repeat)]
+
+
+def median_seconds(function: Callable[[], object], repeat: int, device: str) -> float:
+    return statistics.median(seconds(function, repeat, device))
+
+
+def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on random data: the floor's denominator."""
+    size = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * size**3 / median_seconds(lambda: a @ b, 10, device)
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """``with PeakMemory(device) as peak``: ``peak.bytes`` allocated at most inside (0 on a CPU)."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        synchronise(self.device)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_) -> None:
+        synchronise(self.device)
+        if self.device == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated()
+
+
+def forget_compiled(device: str) -> None:
+    """Drop every compiled graph and give its memory back before the next peer runs."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def print_table(title: str, rows: list[dict[str, str]]) -> None:
+    """One column a key of the first row; the first column is the name."""
+    table = Table(title=title, title_justify="left")
+    for i, header in enumerate(rows[0]):
+        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    # Redirected output has no width of its own, and a wrapped table cannot be read.
+    Console(width=None if os.isatty(1) else 160).print(table)
+
+
+def write_json(path: Path | None, record: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _cuda_seconds(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _git_commit() -> str:
+    """The commit, with ``+`` if the tree differs from it; ``unknown`` outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FLUXCOMPILE_COMMIT", "unknown")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,94 @@
+"""Models of a known shape with random weights, made in place, and their arithmetic."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 512,
+        "vocab_size": 1024,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
+}
+
+# Query and key weights are drawn wider than the others: softmax rows are then peaked as in a
+# trained model, and a wrong attention shows in the logits instead of averaging out.
+PEAKED_GAIN = 2.0
+
+
+@torch.no_grad()
+def random_llama(
+    shape: str, layers: int | None, device: str, dtype: torch.dtype, seed: int = 0
+) -> LlamaForCausalLM:
+    """A Llama of `SHAPES[shape]`, its weights drawn directly on ``device`` (seconds, not minutes).
+
+    Args:
+        layers: overrides the shape's number of layers.
+    """
+    fields = dict(SHAPES[shape])
+    theta = fields.pop("rope_theta")
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
+    config = LlamaConfig(
+        **fields,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    # Its frequencies are a buffer that no checkpoint carries: made anew, in fp32.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        elif "embed_tokens" in name:
+            parameter.normal_(generator=generator)
+        else:
+            gain = PEAKED_GAIN if "q_proj" in name or "k_proj" in name else 1.0
+            parameter.normal_(std=gain * parameter.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+def prefill_flops(config: LlamaConfig, length: int, seen: list[int]) -> float:
+    """Floating-point operations of one prompt of ``length`` tokens, logits of the last only.
+
+    Args:
+        seen: for each layer, the (query, key) pairs its attention must score; see `pairs_full`.
+    """
+    hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+    kv_heads, inner = config.num_key_value_heads, config.intermediate_size
+    attention_weights = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    linear = 2 * length * (attention_weights + 3 * hidden * inner) * config.num_hidden_layers
+    scores = sum(4 * pairs * heads * head_dim for pairs in seen)  # q·kᵀ and p·v
+    return linear + scores + 2 * hidden * config.vocab_size
+
+
+def pairs_full(length: int) -> int:
+    """Pairs of causal attention."""
+    return length * (length + 1) // 2
+
+
+def pairs_streaming(length: int, sink: int, local: int) -> int:
+    """Pairs of causal attention to the first ``sink`` and the latest ``local`` tokens."""
+    reach = min(length, sink + local)
+    return pairs_full(reach) + (length - reach) * reach
