@@ -1,0 +1,121 @@
+"""The ``torch.compile`` backend ``flux``: analyse, plan, rewrite, lower, run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import fluxcompile.kernels.ops  # noqa: F401  registers torch.ops.flux
+from fluxcompile.errors import FluxWarning, RewriteError
+from fluxcompile.graph_copy import copy_graph
+from fluxcompile.lowering import lower, routes_example
+from fluxcompile.options import CompileOptions
+from fluxcompile.passes.graph_util import value_of
+from fluxcompile.passes.pipeline import Rewrite, analyse, rewrite
+from fluxcompile.passes.site import Skip, SkipReason
+from fluxcompile.planning import Planner
+from fluxcompile.report import GraphReport
+from fluxcompile.route_io import route_io
+from fluxcompile.runtime import CompiledGraph
+
+log = logging.getLogger(__name__)
+
+_stats: dict[str, Any] = {}
+_warned: set[str] = set()
+
+
+def flux(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one traced graph: what ``torch.compile(model, backend="flux")`` calls.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs; parameters are the model's own objects.
+        mode: Inductor's mode.
+        options: see ``fluxcompile.options.CompileOptions``.
+
+    Returns:
+        The compiled callable.
+
+    Raises:
+        OptionError: unknown option or bad value.
+        RouterError: the router does not fit or cannot be loaded.
+        RewriteError: with ``strict``, whatever would have fallen back to full attention.
+    """
+    return compile_graph(gm, example_inputs, CompileOptions.parse(options, mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: CompileOptions,
+    reports: list[GraphReport] | None = None,
+) -> Callable[..., Any]:
+    """As ``flux``, with parsed options; appends a report of the graph to ``reports``."""
+    planner = Planner(options, example_inputs)
+    gm = copy_graph(gm)
+    result = analyse(gm, example_inputs, planner.layer_of, planner.layer_names)
+    inputs = list(example_inputs)
+    if torch.is_grad_enabled() and any(_requires_grad(x) for x in inputs):
+        for site in result.sites:
+            site.skip = Skip(SkipReason.GRADIENTS, "compile under torch.no_grad() to route")
+            site.became = "left alone"
+        io = None
+    else:
+        plan = planner.plan(result.sites)
+        rewrite(result, plan)
+        io = route_io(result, plan, planner, inputs)
+        if io.takes_routes:
+            query = value_of(result.routes.columns[0].q)
+            inputs.append(routes_example(query.shape[0], len(io.layers), query.device))
+    _remember(result)
+    if reports is not None:
+        reports.append(GraphReport.of(result, planner))
+    _explain_fallbacks(result, planner, options)
+    compiled = lower(gm, inputs, options)
+    return compiled if io is None or not io.layers else CompiledGraph(compiled, io)
+
+
+def last_compile_stats() -> dict[str, Any]:
+    """Of the last graph compiled: ``passes_seconds``, ``sites``, and ``seconds`` by pass."""
+    return dict(_stats)
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _remember(result: Rewrite) -> None:
+    total = sum(result.seconds.values())
+    _stats.clear()
+    _stats.update(
+        passes_seconds=total, sites=len(result.sites), seconds=dict(result.seconds)
+    )
+    log.info("flux: %d attentions, %.3f s in passes", len(result.sites), total)
+
+
+def _explain_fallbacks(result: Rewrite, planner: Planner, options: CompileOptions) -> None:
+    """One warning a reason for what runs full attention though the user may expect otherwise."""
+    reasons: dict[str, list[str]] = {}
+    for site in result.sites:
+        skip = site.skip or site.not_routed
+        if skip is not None and planner.expects(site):
+            reasons.setdefault(str(skip), []).append(site.path or site.output.name)
+    for reason, paths in reasons.items():
+        where = paths[0] if len(paths) == 1 else f"{len(paths)} layers ({paths[0]} ...)"
+        message = f"{where}: full attention, because {reason}"
+        if options.strict:
+            raise RewriteError(message)
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, FluxWarning, stacklevel=2)

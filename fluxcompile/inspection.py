@@ -1,0 +1,45 @@
+"""``explain`` and ``routes``: what the compiler did with a model, and what its router decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fluxcompile.backend import compile_graph
+from fluxcompile.model_layers import unwrap
+from fluxcompile.options import CompileOptions
+from fluxcompile.report import FluxReport, GraphReport
+from fluxcompile.route_record import Routes, routes_of
+
+
+def explain(
+    model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> FluxReport:
+    """Trace one call ``model(*args, **kwargs)`` and report on every attention in it.
+
+    The call runs once, without gradients and without Inductor.
+
+    Args:
+        model: the model, compiled or not; an attached router counts.
+        options: as for ``torch.compile(model, backend="flux", options=...)``.
+    """
+    parsed = CompileOptions.parse({**(options or {}), "lowering": "eager", "strict": False}, None)
+    graphs: list[GraphReport] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return compile_graph(gm, example_inputs, parsed, graphs)
+
+    with torch.no_grad():
+        torch.compile(unwrap(model).forward, backend=backend)(*args, **kwargs)
+    return FluxReport(tuple(graphs))
+
+
+def routes(model: nn.Module) -> Routes | None:
+    """The routes of the model's last prompt, bool ``[batch, layers]`` with its Ω; None before one.
+
+    Reading them waits for the device.
+    """
+    return routes_of(model)

@@ -1,0 +1,50 @@
+"""Turn a rewritten graph into a callable: Inductor, or a cheap lowering for tests and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+
+from fluxcompile.options import CompileOptions
+from fluxcompile.passes.insert_router import ROUTES_INPUT
+
+#: A guarded branch is cacheable: its branches are submodules of the graph that makes the key.
+_CACHEABLE = {"torch.ops.higher_order.cond": "fluxcompile"}
+
+
+def lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions
+) -> Callable[..., Any]:
+    """Compile ``gm`` with the lowering that ``options`` names."""
+    _name_constants(gm)
+    if options.lowering == "eager":
+        return gm.forward
+    if options.lowering == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = options.inductor_patches()
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+
+
+def routes_example(batch: int | torch.SymInt, columns: int, device: torch.device) -> torch.Tensor:
+    """A stand-in for the routes input, bool ``[batch, columns]``, under Dynamo's fake mode."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return torch.ones(int(batch), columns, dtype=torch.bool, device=device)
+    with context.fake_mode:
+        return torch.empty(batch, columns, dtype=torch.bool, device=device)
+
+
+def _name_constants(gm: fx.GraphModule) -> None:
+    """AOTAutograd wants a source for every tensor that the graph module owns."""
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is None:
+        return
+    names = [name for name, _ in gm.named_parameters()] + [name for name, _ in gm.named_buffers()]
+    for name in names:
+        sources.setdefault(name, ConstantSource(f"{ROUTES_INPUT}_{name.replace('.', '_')}"))

@@ -1,0 +1,97 @@
+"""Resolve options, attached router and graph into a routing plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fluxcompile.attachment import find, layer_of
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import KernelError, OptionError
+from fluxcompile.options import CompileOptions
+from fluxcompile.passes.assign_layers import LayerOf
+from fluxcompile.passes.plan import Policy, RoutingPlan
+from fluxcompile.passes.site import AttentionSite, CacheKind, Skip, SkipReason
+from fluxcompile.router import FluxRouter
+
+#: sparse modes that have kernels
+AVAILABLE = ("streaming",)
+
+
+class Planner:
+    """Who routes this graph: an explicit router, the attached one, static routes, or nobody."""
+
+    def __init__(self, options: CompileOptions, example_inputs: Sequence[Any]) -> None:
+        attachment = find(example_inputs)
+        self._options = options
+        self.router: FluxRouter | None = options.router or (attachment and attachment.router)
+        attached = attachment is not None and self.router is attachment.router
+        self.layer_of: LayerOf | None = layer_of if attached else None
+        self.layer_names: tuple[str, ...] = self.router.layer_names if self.router else ()
+        default = self.router.config if self.router else FluxConfig()
+        self.config = options.config or default
+        self.routes = options.routes or ("router" if self.router else None)
+        if self.routes not in (None, "full") and self.config.sparse not in AVAILABLE:
+            raise KernelError(
+                f"sparse mode: expected one of {list(AVAILABLE)}, got {self.config.sparse!r}"
+            )
+
+    def plan(self, sites: Sequence[AttentionSite]) -> RoutingPlan:
+        """Policies for the layers found; says on the sites why one is not routed."""
+        layers = sorted({site.layer for site in sites if site.layer is not None})
+        if self.routes == "router":
+            if self.router is None:
+                raise OptionError('routes: expected a router for "router", got none attached')
+            self._check_dims(sites)
+            policies = dict.fromkeys(layers, Policy.ROUTER)
+            routers = {layer: self.router.layers[layer] for layer in layers}
+        elif isinstance(self.routes, tuple):
+            policies, routers = self._static(sites, layers), {}
+        else:
+            policy = Policy.SPARSE if self.routes == "sparse" else Policy.FULL
+            policies, routers = dict.fromkeys(layers, policy), {}
+        for site in sites:
+            if self.routes is None:
+                site.not_routed = Skip(SkipReason.NO_ROUTER)
+            elif site.layer is None and site.not_routed is None:
+                site.not_routed = Skip(SkipReason.NO_ROUTER_FOR_LAYER, site.path)
+            elif (
+                self.routes != "full"
+                and site.skip is None
+                and site.cache is CacheKind.UNKNOWN
+            ):
+                site.not_routed = Skip(SkipReason.CACHE_UNKNOWN)
+                policies.pop(site.layer, None)
+        return RoutingPlan(self.config, policies, routers, self._options.strict)
+
+    def _static(self, sites: Sequence[AttentionSite], layers: list[int]) -> dict[int, Policy]:
+        expected = len(self.layer_names) or len(layers)
+        if len(self.routes) != expected:
+            raise OptionError(
+                f"routes: expected {expected} entries, one a layer, got {len(self.routes)}"
+            )
+        return {
+            layer: Policy.FULL if self.routes[layer] else Policy.SPARSE for layer in layers
+        }
+
+    def _check_dims(self, sites: Sequence[AttentionSite]) -> None:
+        for site in sites:
+            head_dim = site.q_shape[3] if site.skip is None else self.router.head_dim
+            if site.layer is not None and head_dim != self.router.head_dim:
+                raise OptionError(
+                    f"router: expected head_dim {head_dim} for {site.path}, "
+                    f"got {self.router.head_dim}"
+                )
+
+    def expects(self, site: AttentionSite) -> bool:
+        """False where full attention is what the user asked for or what is simply right."""
+        if site.skip is not None:
+            return site.skip.reason is not SkipReason.NOT_CAUSAL
+        if site.not_routed.reason is SkipReason.WINDOW_WITHIN_LOCAL:
+            return False
+        return self.routes != "full"
+
+    def layer_name(self, site: AttentionSite) -> str:
+        if self.layer_names and site.layer is not None:
+            return self.layer_names[site.layer]
+        return site.path or site.output.name

@@ -1,0 +1,102 @@
+"""Add the routes to a rewritten graph's outputs, and say where the runtime finds what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fluxcompile.passes.graph_util import op_name
+from fluxcompile.passes.pipeline import Rewrite
+from fluxcompile.passes.plan import Policy, RoutingPlan
+from fluxcompile.passes.site import AttentionSite, CacheKind
+from fluxcompile.planning import Planner
+from fluxcompile.runtime import RouteIO
+
+
+def route_io(
+    result: Rewrite, plan: RoutingPlan, planner: Planner, inputs: Sequence[Any]
+) -> RouteIO:
+    """Describe the graph's routes to the runtime, adding the routes output if there is one."""
+    gm, routes = result.gm, result.routes
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    model_key = next((i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)), None)
+    if not routes.columns:
+        return _static_io(result, plan, planner, placeholders, model_key)
+    sites = routes.columns
+    positions = {node: position for position, node in enumerate(placeholders)}
+    carrier = _carrier(gm, sites)
+    _append_output(gm, routes.decided, sites)
+    past = next((site.past_key for site in sites if site.past_key is not None), None)
+    return RouteIO(
+        layers=tuple(site.layer for site in sites),
+        layer_names=tuple(planner.layer_name(site) for site in sites),
+        takes_routes=routes.routes_input is not None,
+        past_key=None if past is None else positions[past],
+        carrier_output=carrier,
+        decides=any(_starts_prompt(site) for site in sites),
+        model_key=model_key,
+        strict=plan.strict,
+    )
+
+
+def _static_io(
+    result: Rewrite,
+    plan: RoutingPlan,
+    planner: Planner,
+    placeholders: list[fx.Node],
+    model_key: int | None,
+) -> RouteIO:
+    sites = [site for site in result.sites if site.skip is None and site.layer is not None]
+    batch = next(
+        ((i, 0) for i, node in enumerate(placeholders) if _is_batch_first(node, sites)), None
+    )
+    return RouteIO(
+        layers=tuple(site.layer for site in sites),
+        layer_names=tuple(planner.layer_name(site) for site in sites),
+        static=tuple(_takes_full(site, plan) for site in sites),
+        decides=any(_starts_prompt(site) for site in sites),
+        model_key=model_key,
+        batch_input=batch,
+    )
+
+
+def _is_batch_first(node: fx.Node, sites: list[AttentionSite]) -> bool:
+    value = node.meta.get("example_value")
+    if not sites or not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return False
+    return value.dim() in (2, 3) and value.shape[:2] == (sites[0].q_shape[0], sites[0].q_shape[2])
+
+
+def _takes_full(site: AttentionSite, plan: RoutingPlan) -> bool:
+    policy = plan.policies.get(site.layer, Policy.FULL)
+    return policy is Policy.FULL or site.not_routed is not None
+
+
+def _starts_prompt(site: AttentionSite) -> bool:
+    return not site.has_past or (site.cache is CacheKind.STATIC and not site.is_decode)
+
+
+def _append_output(gm: fx.GraphModule, decided: list[fx.Node], sites: list[AttentionSite]) -> None:
+    output = next(iter(reversed(gm.graph.nodes)))
+    with gm.graph.inserting_before(output):
+        stacked = gm.graph.call_function(torch.stack, (decided,), {"dim": 1})
+    output.args = ((*output.args[0], stacked),)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _carrier(gm: fx.GraphModule, sites: list[AttentionSite]) -> int | None:
+    """Position among the outputs of a routed layer's key cache, or None for a static buffer."""
+    output = next(iter(reversed(gm.graph.nodes)))
+    for site in sites:
+        for position, node in enumerate(output.args[0]):
+            if node is site.k or _slice_of(node, site.k):
+                return position
+    return None
+
+
+def _slice_of(node: Any, key: fx.Node) -> bool:
+    return isinstance(node, fx.Node) and op_name(node) == "getitem" and node.args[0] is key

@@ -1,0 +1,73 @@
+"""Name each site's layer: by the weights its query is made of, else by its module path.
+
+Weights are matched by identity, so it works whatever the modules are called and wherever the
+compiled region starts (a whole model or one decoder layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
+
+#: how far upstream of the query its projection's weight can be
+_REACH = 64
+
+LayerOf = Callable[[torch.Tensor], int | None]
+
+
+def assign_layers(
+    gm: fx.GraphModule,
+    sites: list[AttentionSite],
+    example_inputs: Sequence[Any],
+    layer_of: LayerOf | None,
+    layer_names: Sequence[str],
+) -> None:
+    """Set ``site.layer``: index into ``layer_names``, or the order of causal self-attentions."""
+    if not layer_names:
+        own = [site for site in sites if not _is_not_causal(site)]
+        for layer, site in enumerate(own):
+            site.layer = layer
+        return
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    weights = dict(zip(placeholders, example_inputs, strict=False))
+    for site in sites:
+        layer = _by_weight(site.q, weights, layer_of) if layer_of else None
+        site.layer = layer if layer is not None else _by_path(site.path, layer_names)
+
+
+def _is_not_causal(site: AttentionSite) -> bool:
+    return site.skip is not None and site.skip.reason is SkipReason.NOT_CAUSAL
+
+
+def _by_weight(query: fx.Node, weights: dict[fx.Node, Any], layer_of: LayerOf) -> int | None:
+    """Breadth first upstream: the nearest weight that belongs to a layer."""
+    level, seen = [query], {query}
+    for _ in range(_REACH):
+        onward = []
+        for node in level:
+            for source in node.all_input_nodes:
+                if source in seen:
+                    continue
+                seen.add(source)
+                value = weights.get(source)
+                if isinstance(value, torch.Tensor) and (layer := layer_of(value)) is not None:
+                    return layer
+                onward.append(source)
+        level = onward
+    return None
+
+
+def _by_path(path: str, layer_names: Sequence[str]) -> int | None:
+    matches = [
+        layer
+        for layer, name in enumerate(layer_names)
+        if path == name or path.endswith("." + name) or path.startswith(name + ".")
+    ]
+    return matches[0] if len(matches) == 1 else None
+
+

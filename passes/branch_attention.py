@@ -1,0 +1,196 @@
+"""Replace each attention by what its route allows.
+
+==================  ==========================================================================
+before              ``scaled_dot_product_attention(q, expand(k), expand(v), attn_mask=[S, S])``
+full                causal SDPA on unexpanded k and v, or ``flux::full_attention`` with ranges
+sparse              ``flux::streaming_attention`` (prefill), ``flux::decode_attention`` (decode)
+routed, prefill     ``cond(all rows full, full, sparse with per-row routes)``
+routed, decode      ``flux::decode_attention`` reading the row's route on the device
+==================  ==========================================================================
+
+Legal because the mask was proven equal to *causal + valid keys (+ window)* (or is checked at run
+time), so full attention on ranges computes the same function; only a route may change numerics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from fluxcompile.passes.emit import Branch, Emitter, UnknownSize
+from fluxcompile.passes.graph_util import erase_dead, same_size, value_of
+from fluxcompile.passes.insert_router import RouteSource
+from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
+from fluxcompile.passes.plan import Policy, RoutingPlan
+from fluxcompile.passes.site import AttentionSite, CacheKind, CausalMask, Skip, SkipReason
+
+
+def branch_attention(
+    gm: fx.GraphModule, sites: list[AttentionSite], plan: RoutingPlan
+) -> RouteSource:
+    """Rewrite every site that may be rewritten; returns the routes the graph makes or needs."""
+    emitter = Emitter(gm)
+    masks = MaskOperandCache(emitter)
+    routes = RouteSource(emitter, masks)
+    for site in sites:
+        if site.skip is not None:
+            site.became = "left alone"
+            continue
+        try:
+            _rewrite(site, plan, emitter, masks, routes)
+        except UnknownSize as problem:
+            site.skip = Skip(SkipReason.MASK_UNREADABLE, f"size {problem} is not an input")
+            site.became = "left alone"
+    gm.graph.lint()
+    gm.recompile()
+    return routes
+
+
+def _rewrite(
+    site: AttentionSite,
+    plan: RoutingPlan,
+    emitter: Emitter,
+    masks: MaskOperandCache,
+    routes: RouteSource,
+) -> None:
+    policy = _policy(site, plan)
+    if site.is_decode:
+        result = _decode(site, policy, plan, emitter, masks, routes)
+    else:
+        result = _prefill(site, policy, plan, emitter, masks, routes)
+    with emitter.graph.inserting_before(site.output):
+        replacement = emitter.method("transpose", result, 1, 2)
+    replacement.meta = dict(site.output.meta)
+    site.output.replace_all_uses_with(replacement)
+    erase_dead(site.output)
+
+
+def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:
+    """The layer's policy, lowered to full attention where sparse attention cannot be had."""
+    policy = plan.policies.get(site.layer, Policy.FULL)
+    if policy is Policy.FULL:
+        return policy
+    config, window = plan.config, _window(site)
+    if window and window <= config.local:
+        site.not_routed = Skip(SkipReason.WINDOW_WITHIN_LOCAL, f"{window} <= {config.local}")
+    elif window and site.has_past and _trimmed(site) and not _sink_known(site):
+        site.not_routed = Skip(SkipReason.SLIDING_CACHE, f"window {window}")
+    elif policy is Policy.ROUTER and site.query_tap is None and _decides(site):
+        site.not_routed = site.not_routed or Skip(SkipReason.QUERY_NOT_FOUND)
+    else:
+        return policy
+    return Policy.FULL
+
+
+def _window(site: AttentionSite) -> int:
+    return site.mask.window if isinstance(site.mask, CausalMask) else 0
+
+
+def _decides(site: AttentionSite) -> bool:
+    """True where this call may be the first of a prompt."""
+    return not site.has_past or (site.cache is CacheKind.STATIC and not site.is_decode)
+
+
+def _trimmed(site: AttentionSite) -> bool:
+    """A growing cache under a sliding window holds only the window."""
+    return site.past_key is not None and site.write_positions is None
+
+
+def _sink_known(site: AttentionSite) -> bool:
+    """Decode can count the dropped sink tokens where the mask reads validity at an offset."""
+    return site.is_decode and site.mask.valid is not None
+
+
+def _decode(
+    site: AttentionSite,
+    policy: Policy,
+    plan: RoutingPlan,
+    emitter: Emitter,
+    masks: MaskOperandCache,
+    routes: RouteSource,
+) -> fx.Node:
+    route = None
+    if policy is Policy.ROUTER:
+        route = routes.route(site, plan.routers[site.layer], plan.config.pool_size)
+    sparse = policy is not Policy.FULL and plan.config.decode == "sparse"
+    bounds, valid = masks.decode(site, plan.config.sink, plan.config.local, sparse)
+    site.became = {
+        Policy.FULL: "full decode",
+        Policy.SPARSE: "streaming decode" if sparse else "full decode",
+        Policy.ROUTER: "decode by device-side route" if sparse else "full decode",
+    }[policy]
+    with emitter.graph.inserting_before(site.output):
+        return emitter.call(
+            torch.ops.flux.decode_attention.default,
+            (site.q, site.k, site.v, bounds, valid, route if sparse else None)
+            + (site.scale, site.softcap),
+            like=site.output,
+        )
+
+
+def _prefill(
+    site: AttentionSite,
+    policy: Policy,
+    plan: RoutingPlan,
+    emitter: Emitter,
+    masks: MaskOperandCache,
+    routes: RouteSource,
+) -> fx.Node:
+    operands = masks.prefill(site)
+    full = _full_branch(site, operands)
+    if policy is Policy.FULL:
+        site.became = "full"
+        return _emit(full, emitter, site)
+    route = None
+    if policy is Policy.ROUTER:
+        route = routes.route(site, plan.routers[site.layer], plan.config.pool_size)
+    if _sparse_is_full(site, plan):
+        site.became = "full (short enough to be equal)"
+        return _emit(full, emitter, site)
+    sparse = _sparse_branch(site, operands, route, plan)
+    if policy is Policy.SPARSE:
+        site.became = plan.config.sparse
+        return _emit(sparse, emitter, site)
+    site.became = f"routed: full or {plan.config.sparse}"
+    with emitter.graph.inserting_before(site.output):
+        every_row = emitter.method("all", route)
+        return emitter.cond(every_row, full, sparse, like=site.output)
+
+
+def _emit(branch: Branch, emitter: Emitter, site: AttentionSite) -> fx.Node:
+    with emitter.graph.inserting_before(site.output):
+        return branch.emit(emitter, site.output)
+
+
+def _sparse_is_full(site: AttentionSite, plan: RoutingPlan) -> bool:
+    """True where no key is out of reach. With a symbolic length this guards on the answer, so
+    that lengths on one side of the boundary share a compiled graph."""
+    length = value_of(site.k).shape[2]
+    return bool(length <= plan.config.sink + plan.config.local)
+
+
+def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
+    plain = operands.is_plain_causal and not _window(site) and not site.softcap
+    if plain and same_size(site.q_shape[2], site.k_shape[2]):
+        grouped = not same_size(site.q_shape[1], site.k_shape[1])
+        return Branch(
+            functional.scaled_dot_product_attention,
+            (site.q, site.k, site.v),
+            {"is_causal": True, "scale": site.scale, "enable_gqa": grouped},
+            to_tokens_first=True,
+        )
+    return Branch(
+        torch.ops.flux.full_attention.default,
+        (site.q, site.k, site.v, *operands.as_args(), _window(site), site.scale, site.softcap),
+    )
+
+
+def _sparse_branch(
+    site: AttentionSite, operands: MaskOperands, route: fx.Node | None, plan: RoutingPlan
+) -> Branch:
+    return Branch(
+        torch.ops.flux.streaming_attention.default,
+        (site.q, site.k, site.v, *operands.as_args(), route)
+        + (plan.config.sink, plan.config.local, _window(site), site.scale, site.softcap),
+    )

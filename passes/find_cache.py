@@ -1,0 +1,52 @@
+"""Tell where an attention's keys come from, by dataflow: nowhere, a growing or a fixed cache."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fluxcompile.passes.graph_util import argument, is_tensor, op_name, value_of
+from fluxcompile.passes.site import AttentionSite, CacheKind
+
+_ALLOCATES = {"zeros", "empty", "new_zeros", "new_empty", "zeros_like", "empty_like", "full"}
+
+
+def find_caches(sites: list[AttentionSite]) -> None:
+    """Set ``cache``, ``past_key`` and ``write_positions``. Run after the keys are unexpanded."""
+    for site in sites:
+        if site.skip is None:
+            _classify(site)
+
+
+def _classify(site: AttentionSite) -> None:
+    key = site.k
+    if op_name(key) in ("cat", "concat", "concatenate"):
+        parts, axis = argument(key, 0, "tensors"), argument(key, 1, "dim", 0)
+        if len(parts) == 2 and is_tensor(parts[0]) and axis in (2, -2):
+            _classify_concatenation(site, parts[0])
+            return
+    writes = [user for user in key.users if op_name(user) == "index_copy_" and user < site.output]
+    if writes:
+        site.write_positions = writes[-1].args[2]
+        if key.op == "placeholder":
+            site.cache, site.past_key = CacheKind.STATIC, key
+        elif op_name(key) in _ALLOCATES:
+            site.cache = CacheKind.STATIC_NEW
+        else:
+            site.cache = CacheKind.UNKNOWN
+        return
+    if key.op == "placeholder" or _reads_input_cache(site):
+        site.cache = CacheKind.UNKNOWN
+
+
+def _classify_concatenation(site: AttentionSite, past: fx.Node) -> None:
+    if value_of(past).dim() == 1 and value_of(past).shape[0] == 0:
+        site.cache = CacheKind.DYNAMIC_NEW
+    elif past.op == "placeholder" and value_of(past).dim() == 4:
+        site.cache, site.past_key = CacheKind.DYNAMIC, past
+    else:
+        site.cache = CacheKind.UNKNOWN
+
+
+def _reads_input_cache(site: AttentionSite) -> bool:
+    """True where as many keys as the attention reads cannot come from this call's tokens."""
+    return site.k_shape[2] != site.q_shape[2]

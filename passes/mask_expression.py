@@ -1,0 +1,236 @@
+"""Evaluate a mask's subgraph at one symbolic position ``[b, h, i, j]``.
+
+The result is a sympy Boolean over the index symbols, sizes, 0-d tensors and reads of tensors that
+cannot be followed further. Nothing is run: the answer holds for every size the graph can see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from fluxcompile.passes.graph_util import argument, as_expr, is_tensor, mutates, op_name, value_of
+from fluxcompile.passes.views import Index, _step, broadcast_index
+
+#: an additive mask at or below this counts as minus infinity (float16's most negative value)
+BLOCKED = -65504.0
+
+
+class UnreadableMask(Exception):
+    """The subgraph does something this evaluator cannot follow; the message says what."""
+
+
+class Load(Boolean):
+    """A read of bool tensor ``name`` at an index: an atom of the expression."""
+
+    def __new__(cls, name: str, *index: sympy.Expr) -> Load:
+        return sympy.Basic.__new__(cls, sympy.Symbol(name), *index)
+
+    @property
+    def name(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def index(self) -> Index:
+        return self.args[1:]
+
+
+_COMPARE = {
+    "le": sympy.Le,
+    "lt": sympy.Lt,
+    "ge": sympy.Ge,
+    "gt": sympy.Gt,
+    "eq": sympy.Eq,
+    "ne": sympy.Ne,
+}
+_COMPARE |= {f"__{name}__": relation for name, relation in list(_COMPARE.items())}
+_LOGIC = {
+    "and_": sympy.And,
+    "__and__": sympy.And,
+    "logical_and": sympy.And,
+    "bitwise_and": sympy.And,
+    "or_": sympy.Or,
+    "__or__": sympy.Or,
+    "logical_or": sympy.Or,
+    "bitwise_or": sympy.Or,
+}
+_NEGATE = {"invert", "inv", "logical_not", "bitwise_not", "__invert__"}
+_ARITHMETIC = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+}
+_CASTS = {"to", "type", "bool", "long", "int", "contiguous", "clone"}
+_FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class MaskExpression:
+    """Evaluates bool and additive masks of one graph; remembers 0-d tensors as symbols."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[sympy.Symbol, fx.Node] = {}
+        self.loads: dict[str, fx.Node] = {}
+
+    def allowed(self, mask: fx.Node, index: Index) -> Boolean:
+        """Where ``mask`` lets a query see a key: bool masks as they are, additive ones by zero."""
+        dtype = value_of(mask).dtype
+        if dtype == torch.bool:
+            return sympy.sympify(self._bool(mask, index))
+        if dtype.is_floating_point:
+            return sympy.sympify(self._additive(mask, index))
+        raise UnreadableMask(f"mask of dtype {dtype}")
+
+    def _additive(self, node: fx.Node, index: Index) -> Boolean:
+        """The condition under which an additive mask is 0; it must be minus infinity elsewhere."""
+        if (step := _step(node, index)) is not None:
+            return self._additive(*step)
+        name = op_name(node)
+        if name in ("to", "float", "type", "masked_fill") and is_tensor(node.args[0]):
+            source = node.args[0]
+            inner = broadcast_index(tuple(value_of(source).shape), index)
+            if name == "masked_fill":
+                self._require_blocked(node.args[2])
+                blocked = self._bool_operand(node.args[1], index)
+                return sympy.And(self._additive(source, inner), sympy.Not(blocked))
+            if value_of(source).dtype.is_floating_point:
+                return self._additive(source, inner)
+        if name in ("zeros", "zeros_like", "new_zeros"):
+            return sympy.true
+        if name == "where" and len(node.args) == 3:
+            condition = self._bool_operand(node.args[0], index)
+            if _is_zero(node.args[1]):
+                self._require_blocked(node.args[2])
+                return condition
+            if _is_zero(node.args[2]):
+                self._require_blocked(node.args[1])
+                return sympy.Not(condition)
+        raise UnreadableMask(f"additive mask made by '{name}' ({node.name})")
+
+    @staticmethod
+    def _require_blocked(value: Any) -> None:
+        number = _constant(value)
+        if number is None or number > BLOCKED:
+            raise UnreadableMask(f"additive mask with the bias {value}, expected minus infinity")
+
+    def _bool_operand(self, operand: Any, index: Index) -> Boolean:
+        if isinstance(operand, bool):
+            return sympy.true if operand else sympy.false
+        if not is_tensor(operand):
+            raise UnreadableMask(f"condition {operand}")
+        return self._bool(operand, broadcast_index(tuple(value_of(operand).shape), index))
+
+    def _bool(self, node: fx.Node, index: Index) -> Boolean:
+        value = value_of(node)
+        if value.dtype != torch.bool:
+            raise UnreadableMask(f"'{op_name(node)}' ({node.name}) is {value.dtype}, expected bool")
+        if (step := self._view(node, index)) is not None:
+            return self._bool(*step)
+        name = op_name(node)
+        operands = node.args
+        if name in _LOGIC and len(operands) == 2:
+            return _LOGIC[name](*(self._bool_operand(operand, index) for operand in operands))
+        if name in _NEGATE:
+            return sympy.Not(self._bool_operand(operands[0], index))
+        if name in _COMPARE and len(operands) == 2:
+            try:
+                return _COMPARE[name](*(self._integer_operand(x, index) for x in operands))
+            except UnreadableMask:
+                return self._load(node, index)
+        if name in _CASTS and is_tensor(operands[0]) and value_of(operands[0]).dtype == torch.bool:
+            return self._bool_operand(operands[0], index)
+        if name in _FILLS:
+            return sympy.true if _FILLS[name] else sympy.false
+        if name in ("full", "new_full", "full_like"):
+            return sympy.true if _constant(argument(node, 1, "fill_value")) else sympy.false
+        if name == "where" and len(operands) == 3:
+            condition, yes, no = (self._bool_operand(operand, index) for operand in operands)
+            return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+        return self._load(node, index)
+
+    def _load(self, node: fx.Node, index: Index) -> Load:
+        self.loads[node.name] = node
+        return Load(node.name, *index)
+
+    def _view(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        """One view step, including reads by index tensors (``mask[batch, key]``)."""
+        if (step := _step(node, index)) is not None:
+            return step
+        if op_name(node) != "getitem" or not isinstance(node.args[1], tuple):
+            return None
+        source, keys = node.args
+        if not all(is_tensor(key) for key in keys) or len(keys) != value_of(source).dim():
+            return None
+        return source, tuple(self._integer_operand(key, index) for key in keys)
+
+    def _integer_operand(self, operand: Any, index: Index) -> sympy.Expr:
+        if not is_tensor(operand):
+            value = value_of(operand)
+            if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+                return as_expr(value)
+            raise UnreadableMask(f"operand {operand}, expected an integer")
+        return self._integer(operand, broadcast_index(tuple(value_of(operand).shape), index))
+
+    def _integer(self, node: fx.Node, index: Index) -> sympy.Expr:
+        value = value_of(node)
+        if value.dtype not in _INTEGERS:
+            raise UnreadableMask(f"'{op_name(node)}' ({node.name}) is {value.dtype}, expected int")
+        if (step := self._view(node, index)) is not None:
+            return self._integer(*step)
+        name = op_name(node)
+        if name in _ARITHMETIC and len(node.args) == 2:
+            return _ARITHMETIC[name](*(self._integer_operand(x, index) for x in node.args))
+        if name == "arange":
+            bounds = node.args
+            start = as_expr(bounds[0]) if len(bounds) > 1 else sympy.Integer(0)
+            step = as_expr(bounds[2]) if len(bounds) > 2 else sympy.Integer(1)
+            return start + step * index[0]
+        if name in _CASTS and is_tensor(node.args[0]) and value_of(node.args[0]).dtype in _INTEGERS:
+            return self._integer_operand(node.args[0], index)
+        if value.dim() == 0 and value.dtype == torch.int64:
+            return self._scalar(node)
+        raise UnreadableMask(f"integers made by '{name}' ({node.name})")
+
+    def _scalar(self, node: fx.Node) -> sympy.Symbol:
+        symbol = sympy.Symbol(f"tensor_{node.name}", integer=True, nonnegative=True)
+        self.scalars[symbol] = node
+        return symbol
+
+
+def changed_before(node: fx.Node, point: fx.Node) -> bool:
+    """True where an in-place operation on ``node`` (or an alias of it) comes before ``point``."""
+    aliases, seen = [node], set()
+    while aliases:
+        alias = aliases.pop()
+        if alias in seen:
+            continue
+        seen.add(alias)
+        for user in alias.users:
+            if mutates(user) and user.args and user.args[0] is alias and user < point:
+                return True
+            if op_name(user) in ("to", "view", "detach", "expand", "getitem"):
+                aliases.append(user)
+    return False
+
+
+def _constant(value: Any) -> float | None:
+    """The number behind an argument: a literal, or a node made by a constant constructor."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if not isinstance(value, fx.Node):
+        return None
+    name = op_name(value)
+    if name in ("full", "tensor", "scalar_tensor"):
+        inner = argument(value, 1, "fill_value") if name == "full" else value.args[0]
+        return float(inner) if isinstance(inner, bool | int | float) else None
+    if name in _FILLS:
+        return float(_FILLS[name])
+    return None
+
+
+def _is_zero(value: Any) -> bool:
+    return _constant(value) == 0.0

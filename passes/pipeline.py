@@ -1,0 +1,75 @@
+"""The passes in order, each timed: analyse, name, rewrite, verify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fluxcompile.passes.assign_layers import LayerOf, assign_layers
+from fluxcompile.passes.branch_attention import branch_attention
+from fluxcompile.passes.find_attention import find_attention
+from fluxcompile.passes.find_cache import find_caches
+from fluxcompile.passes.find_query import find_queries
+from fluxcompile.passes.insert_router import RouteSource
+from fluxcompile.passes.plan import RoutingPlan
+from fluxcompile.passes.recover_kv import recover_kv
+from fluxcompile.passes.recover_mask import recover_masks
+from fluxcompile.passes.site import AttentionSite
+from fluxcompile.passes.verify import verify
+
+
+@dataclass
+class Rewrite:
+    """What the passes made of one graph. ``routes`` is None when nothing was rewritten."""
+
+    gm: fx.GraphModule
+    sites: list[AttentionSite]
+    routes: RouteSource | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def analyse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    layer_of: LayerOf | None = None,
+    layer_names: Sequence[str] = (),
+) -> Rewrite:
+    """Find the attentions and all that is known of them. Changes nothing."""
+    result = Rewrite(gm, [], None)
+    clock = _Clock(result.seconds)
+    result.sites = sites = clock("find_attention", lambda: find_attention(gm))
+    if sites:
+        clock("recover_mask", lambda: recover_masks(sites))
+        clock("recover_kv", lambda: recover_kv(sites))
+        clock("find_query", lambda: find_queries(gm, sites, example_inputs))
+        clock("find_cache", lambda: find_caches(sites))
+        clock(
+            "assign_layers",
+            lambda: assign_layers(gm, sites, example_inputs, layer_of, layer_names),
+        )
+    return result
+
+
+def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
+    """Rewrite what may be rewritten, as ``plan`` says, and verify the outcome."""
+    clock = _Clock(result.seconds)
+    result.routes = clock(
+        "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)
+    )
+    clock("verify", lambda: verify(result.gm, result.sites))
+    return result
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+
+    def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = stage()
+        self._seconds[name] = time.perf_counter() - start
+        return result

@@ -1,0 +1,33 @@
+"""What the user asked for, resolved for one graph: who decides each layer's route, and how."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fluxcompile.config import FluxConfig
+from fluxcompile.layer_router import LayerRouter
+
+
+class Policy(enum.Enum):
+    """Who decides a layer's route."""
+
+    FULL = "full"
+    SPARSE = "sparse"
+    ROUTER = "router"
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Routes of one graph's layers.
+
+    ``policies`` maps a layer to its policy and ``routers`` a layer to its trained router; a layer
+    that is missing from ``policies`` gets full attention. ``unrouted`` says why nothing is routed
+    when both are empty.
+    """
+
+    config: FluxConfig
+    policies: Mapping[int, Policy] = field(default_factory=dict)
+    routers: Mapping[int, LayerRouter] = field(default_factory=dict)
+    strict: bool = False

@@ -1,0 +1,165 @@
+"""Read a mask's subgraph back into *causal + valid keys (+ sliding window)*.
+
+Legal because the expression that comes out is equal to the mask at every position: a site whose
+expression has any other term is left alone, and the term is reported.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from fluxcompile.passes.graph_util import as_expr, is_tensor, same_size, value_of
+from fluxcompile.passes.mask_expression import (
+    Load,
+    MaskExpression,
+    UnreadableMask,
+    changed_before,
+)
+from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask, Mask, Skip, SkipReason
+from fluxcompile.passes.views import index_symbols
+
+
+def recover_masks(sites: list[AttentionSite]) -> int:
+    """Set ``site.mask`` (or ``site.skip``) on every site; returns how many masks were read.
+
+    Layers share mask nodes, so each node is evaluated once for each pair of lengths.
+    """
+    known: dict[tuple, Mask | Skip] = {}
+    for site in sites:
+        if site.skip is not None:
+            continue
+        lengths = as_expr(site.q_shape[2]), as_expr(site.k_shape[2])
+        key = (site.attn_mask, site.is_causal, *lengths)
+        if key not in known:
+            known[key] = _recover(site)
+        found = known[key]
+        if isinstance(found, Skip):
+            site.skip = found
+        else:
+            site.mask = found
+    return sum(site.mask is not None for site in sites)
+
+
+def _recover(site: AttentionSite) -> Mask | Skip:
+    query_length, key_length = site.q_shape[2], site.k_shape[2]
+    if site.attn_mask is None:
+        if query_length == 1 and not site.is_causal:
+            return CausalMask()
+        if site.is_causal and same_size(query_length, key_length):
+            return CausalMask()
+        return Skip(SkipReason.NOT_CAUSAL)
+    if not is_tensor(site.attn_mask):
+        return Skip(SkipReason.MASK_UNREADABLE, f"mask is {site.attn_mask}")
+    if site.is_causal:
+        return Skip(SkipReason.MASK_UNREADABLE, "a mask and is_causal together")
+    shape = tuple(value_of(site.attn_mask).shape)
+    if len(shape) != 4 or shape[1] != 1:
+        return Skip(SkipReason.MASK_UNREADABLE, f"shape {list(shape)}, expected [B, 1, Sq, Skv]")
+    try:
+        return _read(site.attn_mask, shape, query_length, key_length)
+    except UnreadableMask as problem:
+        return Skip(SkipReason.MASK_UNREADABLE, str(problem))
+
+
+def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object) -> Mask:
+    if not same_size(shape[3], key_length):
+        raise UnreadableMask(f"{shape[3]} keys in the mask, {key_length} in the attention")
+    batch, head, i, j = index_symbols(4)
+    if query_length == 1:
+        i = sympy.Integer(0)
+    if shape[0] == 1:
+        batch = sympy.Integer(0)
+    evaluator = MaskExpression()
+    expression = evaluator.allowed(mask, (batch, head, i, j))
+    if expression.has(head) and not expression.atoms(Load):
+        raise UnreadableMask("differs between heads")
+    terms = sympy.And.make_args(expression)
+    if any(isinstance(term, Load) and len(term.index) == 4 for term in terms):
+        return _given(mask, terms, evaluator)
+    return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length))
+
+
+def _given(mask: fx.Node, terms: tuple, evaluator: MaskExpression) -> GivenMask:
+    """A mask that is itself one four-dimensional input: its structure shows only at run time."""
+    if len(terms) != 1 or value_of(mask).dtype != torch.bool:
+        raise UnreadableMask(f"a given mask combined with other terms: {list(map(str, terms))}")
+    source = evaluator.loads[terms[0].name]
+    if source.op != "placeholder":
+        raise UnreadableMask(f"made by {source.target} ({source.name})")
+    return GivenMask(mask)
+
+
+def _classify(
+    mask: fx.Node, terms: tuple, evaluator: MaskExpression, position: tuple, lengths: tuple
+) -> CausalMask:
+    batch, i, j = position
+    last = as_expr(lengths[1]) - as_expr(lengths[0])  # key index of query 0, lower-right aligned
+    upper: list[sympy.Expr] = []
+    lower: list[sympy.Expr] = []
+    valid: list[tuple[fx.Node, sympy.Expr]] = []
+    for term in terms:
+        if term == sympy.true:
+            continue
+        if isinstance(term, Load):
+            valid.append((evaluator.loads[term.name], _valid_offset(term, batch, j)))
+            continue
+        bound = _bound(term, i, j)
+        (upper if bound[0] == "upper" else lower).append(bound[1])
+    if len(valid) > 1 or len(upper) > 1 or len(lower) > 1:
+        raise UnreadableMask(f"more than one term of a kind: {[str(t) for t in terms]}")
+    if not upper:
+        if lengths[0] != 1:
+            raise UnreadableMask("no causal term")
+        upper.append(last)  # a single query on all keys: causal holds by itself
+    offset = upper[0]
+    window = 0
+    if lower:
+        width = sympy.expand(offset - lower[0])
+        if not (width.is_Integer and width > 0):
+            raise UnreadableMask(f"sliding window of width {width}")
+        window = int(width)
+    for symbol in offset.free_symbols & evaluator.scalars.keys():
+        if changed_before(evaluator.scalars[symbol], mask):
+            raise UnreadableMask(f"{evaluator.scalars[symbol].name} changes before the mask")
+    proven = sympy.expand(offset - last) == 0
+    scalars = tuple(
+        (s, n) for s, n in evaluator.scalars.items() if not proven and s in offset.free_symbols
+    )
+    node, valid_offset = valid[0] if valid else (None, sympy.Integer(0))
+    return CausalMask(None if proven else offset, window, node, valid_offset, scalars)
+
+
+def _valid_offset(term: Load, batch: sympy.Expr, j: sympy.Symbol) -> sympy.Expr:
+    if len(term.index) != 2:
+        raise UnreadableMask(f"reads {term.name}{list(term.index)}, expected [batch, key]")
+    offset = sympy.expand(term.index[1] - j)
+    if term.index[0] not in (batch, 0) or j in offset.free_symbols:
+        raise UnreadableMask(f"reads {term.name}{list(term.index)}, expected [batch, key + c]")
+    return offset
+
+
+def _bound(term: sympy.Basic, i: sympy.Expr, j: sympy.Symbol) -> tuple[str, sympy.Expr]:
+    """``("upper", c)`` for ``j <= i + c`` and ``("lower", c)`` for ``j > i + c``."""
+    relation = term
+    if isinstance(relation, sympy.Ge | sympy.Gt):
+        relation = relation.reversed
+    if not isinstance(relation, sympy.Le | sympy.Lt):
+        raise UnreadableMask(f"term {term}")
+    difference = sympy.expand(relation.lhs - relation.rhs)  # <= 0 or < 0
+    if isinstance(relation, sympy.Lt):
+        difference += 1  # integers
+    slope = difference.coeff(j, 1)
+    rest = sympy.expand(difference - slope * j)
+    if slope == 1:
+        kind, constant = "upper", sympy.expand(-rest)
+    elif slope == -1:
+        kind, constant = "lower", sympy.expand(rest - 1)
+    else:
+        raise UnreadableMask(f"term {term}")
+    if i != 0:
+        constant = sympy.expand(constant - i)
+    if j in constant.free_symbols or (i != 0 and i in constant.free_symbols):
+        raise UnreadableMask(f"term {term}")
+    return kind, constant

@@ -1,0 +1,143 @@
+"""What the passes know of one attention: the record that travels from stage to stage."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import sympy
+from torch import fx
+
+
+class SkipReason(enum.Enum):
+    """Why an attention (or a part of its rewrite) was left alone. The value is what users read."""
+
+    GRADIENTS = "gradients are enabled"
+    DROPOUT = "attention dropout is active"
+    SHAPES = "query, key and value are not [batch, heads, tokens, head_dim]"
+    NOT_CAUSAL = "attention is not causal (cross or bidirectional attention)"
+    MASK_UNREADABLE = "the mask is not causal + valid keys (+ sliding window)"
+    SCALE_UNREADABLE = "the softmax scale is not a constant"
+    WEIGHTS_RETURNED = "the attention probabilities are used elsewhere"
+    QUERY_NOT_FOUND = "the query before rotary embedding was not found"
+    CACHE_UNKNOWN = "the key/value cache is of an unknown kind"
+    SLIDING_CACHE = "the sliding-window cache has dropped the sink tokens"
+    NO_ROUTER = "no router is attached and no static routes are given"
+    NO_ROUTER_FOR_LAYER = "the router has no entry for this layer"
+    WINDOW_WITHIN_LOCAL = "the layer's own window is no wider than the local window"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One reason, with what was seen."""
+
+    reason: SkipReason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value
+
+
+class CacheKind(enum.Enum):
+    """Where the keys come from."""
+
+    NONE = "none"
+    DYNAMIC_NEW = "dynamic, empty"
+    DYNAMIC = "dynamic"
+    STATIC_NEW = "static, new"
+    STATIC = "static"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """Causal, and keys that are valid, and perhaps a sliding window.
+
+    Query ``i`` sits at key index ``offset + i``. ``offset`` is a sympy expression over size
+    symbols and 0-d tensors (``scalars`` maps those symbols to nodes), or None when it is proven to
+    be ``Skv - Sq`` (lower-right aligned). ``valid`` is a bool node ``[B, L]`` read at
+    ``valid_offset + j`` for key ``j``, or None when every key is valid. ``window`` is 0 without
+    a sliding window, otherwise a query sees keys ``j > offset + i - window``.
+    """
+
+    offset: sympy.Expr | None = None
+    window: int = 0
+    valid: fx.Node | None = None
+    valid_offset: sympy.Expr = sympy.S.Zero
+    scalars: tuple[tuple[sympy.Symbol, fx.Node], ...] = ()
+
+    def __str__(self) -> str:
+        parts = ["causal"]
+        if self.valid is not None:
+            parts.append("valid keys")
+        if self.window:
+            parts.append(f"window {self.window}")
+        return " + ".join(parts)
+
+
+@dataclass(frozen=True)
+class GivenMask:
+    """A ready-made bool mask ``[B or 1, 1, Sq, Skv]`` whose structure is checked at run time."""
+
+    node: fx.Node
+
+    def __str__(self) -> str:
+        return "given, checked at run time"
+
+
+Mask = CausalMask | GivenMask
+
+
+@dataclass
+class AttentionSite:
+    """One attention of the graph, and everything the later stages need to rewrite it.
+
+    ``output`` is the node whose value is ``[B, H, Sq, D]``; ``q`` is ``[B, H, Sq, D]``; ``k`` and
+    ``v`` are ``[B, HK, Skv, D]``, before they are expanded to all query heads once
+    ``recover_kv`` has run.
+    """
+
+    index: int
+    path: str
+    output: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    attn_mask: fx.Node | None
+    is_causal: bool
+    scale: float
+    softcap: float = 0.0
+    #: query before rotary embedding, after q_norm, and the permutation that makes it [B, H, S, D]
+    query_tap: fx.Node | None = None
+    tap_axes: tuple[int, ...] = (0, 1, 2, 3)
+    mask: Mask | None = None
+    cache: CacheKind = CacheKind.NONE
+    #: graph input that holds the past keys (dynamic) or the key buffer (static)
+    past_key: fx.Node | None = None
+    #: int64 [Sq], the cache slots that this call writes (static caches)
+    write_positions: fx.Node | None = None
+    #: the router's layer, or the site's own order for static routes
+    layer: int | None = None
+    #: set when nothing may be rewritten
+    skip: Skip | None = None
+    #: set when the site is rewritten to full attention only, and why it is not routed
+    not_routed: Skip | None = None
+    became: str = "untouched"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def q_shape(self) -> tuple:
+        return tuple(self.q.meta["example_value"].shape)
+
+    @property
+    def k_shape(self) -> tuple:
+        return tuple(self.k.meta["example_value"].shape)
+
+    @property
+    def has_past(self) -> bool:
+        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC)
+
+    @property
+    def is_decode(self) -> bool:
+        """One query token on top of a cache: no host decision, device-side routes."""
+        return self.has_past and self.q_shape[2] == 1

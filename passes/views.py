@@ -1,0 +1,168 @@
+"""Follow view operations upstream with symbolic indices.
+
+``key[b, h, j, d]`` of an expanded key is ``keys[b, floor(h / g), j, d]`` of the one before
+expansion. Following the index through every view proves that, whatever the views are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+from torch import fx
+
+from fluxcompile.passes.graph_util import argument, as_expr, hint, is_tensor, op_name, value_of
+
+Index = tuple[sympy.Expr, ...]
+
+_SAME_SHAPE = {"contiguous", "clone", "detach"}
+
+
+def index_symbols(rank: int) -> Index:
+    """``rank`` fresh non-negative integer symbols, one an axis."""
+    return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(rank))
+
+
+def broadcast_index(shape: tuple, index: Index) -> Index:
+    """The index into an operand of ``shape`` for an output index, by the broadcasting rules."""
+    tail = index[len(index) - len(shape) :] if len(shape) else ()
+    return tuple(
+        sympy.Integer(0) if size == 1 else position
+        for size, position in zip(map(as_expr, shape), tail, strict=True)
+    )
+
+
+def upstream(node: fx.Node, index: Index) -> Iterator[tuple[fx.Node, Index]]:
+    """Yield ``(node, index)`` at each step up a chain of views, the starting point included."""
+    yield node, index
+    while (step := _step(node, index)) is not None:
+        node, index = step
+        yield node, index
+
+
+def _step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
+        return None
+    shape = tuple(value_of(source).shape)
+    name = op_name(node)
+    if name in _SAME_SHAPE:
+        return source, index
+    if name in ("transpose", "swapaxes", "permute"):
+        axes = permutation(node)
+        if axes is None:
+            return None
+        moved: list[sympy.Expr] = [sympy.Integer(0)] * len(axes)
+        for out_axis, in_axis in enumerate(axes):
+            moved[in_axis] = index[out_axis]
+        return source, tuple(moved)
+    if name in ("expand", "expand_as", "broadcast_to"):
+        return source, broadcast_index(shape, index)
+    if name == "unsqueeze":
+        axis = int(argument(node, 1, "dim")) % (len(shape) + 1)
+        return source, index[:axis] + index[axis + 1 :]
+    if name in ("view", "reshape", "flatten", "unflatten"):
+        moved_index = _through_reshape(shape, tuple(value_of(node).shape), index)
+        return None if moved_index is None else (source, moved_index)
+    if name == "repeat_interleave":
+        repeats, axis = argument(node, 1, "repeats"), argument(node, 2, "dim")
+        if not isinstance(repeats, int) or not isinstance(axis, int):
+            return None
+        axis %= len(shape)
+        divided = sympy.floor(index[axis] / repeats)
+        return source, (*index[:axis], divided, *index[axis + 1 :])
+    if name == "getitem":
+        moved_index = basic_index(node.args[1], shape, index)
+        return None if moved_index is None else (source, moved_index)
+    return None
+
+
+def permutation(node: fx.Node) -> tuple[int, ...] | None:
+    """Axes of a transpose or permute: output axis ``o`` is input axis ``axes[o]``."""
+    rank = value_of(node).dim()
+    if op_name(node) == "permute":
+        dims = node.args[1] if len(node.args) == 2 else node.args[1:]
+        if isinstance(dims, int):
+            dims = (dims,)
+        return tuple(int(axis) % rank for axis in dims) if dims else None
+    first, second = argument(node, 1, "dim0"), argument(node, 2, "dim1")
+    if not isinstance(first, int) or not isinstance(second, int):
+        return None
+    axes = list(range(rank))
+    axes[first % rank], axes[second % rank] = axes[second % rank], axes[first % rank]
+    return tuple(axes)
+
+
+def basic_index(key: object, shape: tuple, index: Index) -> Index | None:
+    """Input index of ``x[key]`` for slices, integers, None and Ellipsis; None for anything else.
+
+    Slices must have step 1 and a start that is provably non-negative.
+    """
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if any(isinstance(k, fx.Node) and is_tensor(k) for k in keys):
+        return None
+    if Ellipsis not in keys:
+        keys.append(Ellipsis)
+    missing = len(shape) - sum(1 for k in keys if k is not None and k is not Ellipsis)
+    cut = keys.index(Ellipsis)
+    keys[cut : cut + 1] = [slice(None)] * missing
+    moved: list[sympy.Expr] = []
+    positions = iter(index)
+    axis = 0
+    for k in keys:
+        if k is None:
+            next(positions)
+            continue
+        if isinstance(k, slice):
+            start = as_expr(0 if k.start is None else k.start)
+            if k.step not in (None, 1) or not start.is_nonnegative:
+                return None
+            moved.append(next(positions) + start)
+        else:
+            position = as_expr(k)
+            moved.append(position if position.is_nonnegative else position + as_expr(shape[axis]))
+        axis += 1
+    return tuple(moved)
+
+
+def _through_reshape(source: tuple, target: tuple, index: Index) -> Index | None:
+    """Input index of a reshape: axes are matched in groups whose sizes multiply to the same."""
+    moved: list[sympy.Expr] = []
+    i = o = 0
+    while i < len(source) or o < len(target):
+        first_in, first_out = i, o
+        size_in = size_out = sympy.Integer(1)
+        hint_in = hint_out = 1
+        while True:
+            if i < len(source) and (i == first_in or hint_in < hint_out):
+                size_in, hint_in, i = size_in * as_expr(source[i]), hint_in * hint(source[i]), i + 1
+            elif o < len(target) and (o == first_out or hint_out < hint_in):
+                size_out, hint_out = size_out * as_expr(target[o]), hint_out * hint(target[o])
+                o += 1
+            else:
+                break
+            if i > first_in and o > first_out and hint_in == hint_out:
+                break
+        if sympy.expand(size_in - size_out) != 0:
+            return None
+        linear = sympy.Integer(0)
+        for axis in range(first_out, o):
+            linear = linear * as_expr(target[axis]) + index[axis]
+        moved.extend(_split(linear, source[first_in:i], index[first_out:o]))
+    return tuple(moved)
+
+
+def _split(linear: sympy.Expr, sizes: tuple, positions: Index) -> list[sympy.Expr]:
+    """A linear index over ``sizes`` taken apart again, innermost axis last."""
+    if len(sizes) == 1:
+        return [linear]
+    parts: list[sympy.Expr] = []
+    for axis in range(len(sizes)):
+        inner = sympy.Mul(*(as_expr(size) for size in sizes[axis + 1 :]))
+        part = sympy.floor(linear / inner)
+        if axis:
+            part = sympy.Mod(part, as_expr(sizes[axis]))
+        parts.append(sympy.Integer(0) if as_expr(sizes[axis]) == 1 else part)
+    return parts
