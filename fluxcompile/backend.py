@@ -98,9 +98,7 @@ def _requires_grad(value: Any) -> bool:
 def _remember(result: Rewrite) -> None:
     total = sum(result.seconds.values())
     _stats.clear()
-    _stats.update(
-        passes_seconds=total, sites=len(result.sites), seconds=dict(result.seconds)
-    )
+    _stats.update(passes_seconds=total, sites=len(result.sites), seconds=dict(result.seconds))
     log.info("flux: %d attentions, %.3f s in passes", len(result.sites), total)
 
 

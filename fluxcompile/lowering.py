@@ -27,8 +27,22 @@ def lower(
         return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
+    return compile_fx(gm, list(example_inputs), config_patches=_patches(options))
+
+
+def _patches(options: CompileOptions) -> dict[str, Any]:
+    from torch._inductor import config
+
+    from fluxcompile.branch_operands import KeepBranchOperandOrder
+
     patches = options.inductor_patches()
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    name = "post_grad_custom_post_pass"
+    patches[name] = KeepBranchOperandOrder(patches.get(name, getattr(config, name)))
+    patches["unsafe_marked_cacheable_functions"] = {
+        **config.unsafe_marked_cacheable_functions,
+        **_CACHEABLE,
+    }
+    return patches
 
 
 def routes_example(batch: int | torch.SymInt, columns: int, device: torch.device) -> torch.Tensor:

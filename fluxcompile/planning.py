@@ -55,11 +55,7 @@ class Planner:
                 site.not_routed = Skip(SkipReason.NO_ROUTER)
             elif site.layer is None and site.not_routed is None:
                 site.not_routed = Skip(SkipReason.NO_ROUTER_FOR_LAYER, site.path)
-            elif (
-                self.routes != "full"
-                and site.skip is None
-                and site.cache is CacheKind.UNKNOWN
-            ):
+            elif self.routes != "full" and site.skip is None and site.cache is CacheKind.UNKNOWN:
                 site.not_routed = Skip(SkipReason.CACHE_UNKNOWN)
                 policies.pop(site.layer, None)
         return RoutingPlan(self.config, policies, routers, self._options.strict)
@@ -70,9 +66,7 @@ class Planner:
             raise OptionError(
                 f"routes: expected {expected} entries, one a layer, got {len(self.routes)}"
             )
-        return {
-            layer: Policy.FULL if self.routes[layer] else Policy.SPARSE for layer in layers
-        }
+        return {layer: Policy.FULL if self.routes[layer] else Policy.SPARSE for layer in layers}
 
     def _check_dims(self, sites: Sequence[AttentionSite]) -> None:
         for site in sites:

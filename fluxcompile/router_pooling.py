@@ -45,9 +45,7 @@ def pool_positions(
     return index.clamp(max=length - 1), weight
 
 
-def pool_query(
-    query: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def pool_query(query: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Weighted mean over tokens, then mean over heads, in fp32.
 
     Args:

@@ -114,9 +114,7 @@ class CompiledGraph:
             self._warned = True
             warnings.warn(message, FluxWarning, stacklevel=3)
 
-    def _hand_on(
-        self, inputs: Sequence[Any], outputs: Sequence[Any], routes: torch.Tensor
-    ) -> None:
+    def _hand_on(self, inputs: Sequence[Any], outputs: Sequence[Any], routes: torch.Tensor) -> None:
         io = self._io
         carrier = None
         if io.carrier_output is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
+from fluxcompile.passes.site import AttentionSite, SkipReason
 
 #: how far upstream of the query its projection's weight can be
 _REACH = 64
@@ -69,5 +69,3 @@ def _by_path(path: str, layer_names: Sequence[str]) -> int | None:
         if path == name or path.endswith("." + name) or path.startswith(name + ".")
     ]
     return matches[0] if len(matches) == 1 else None
-
-

@@ -123,8 +123,10 @@ def _decode(
     with emitter.graph.inserting_before(site.output):
         return emitter.call(
             torch.ops.flux.decode_attention.default,
-            (site.q, site.k, site.v, bounds, valid, route if sparse else None)
-            + (site.scale, site.softcap),
+            (
+                *(site.q, site.k, site.v, bounds, valid, route if sparse else None),
+                *(site.scale, site.softcap),
+            ),
             like=site.output,
         )
 
@@ -191,6 +193,8 @@ def _sparse_branch(
 ) -> Branch:
     return Branch(
         torch.ops.flux.streaming_attention.default,
-        (site.q, site.k, site.v, *operands.as_args(), route)
-        + (plan.config.sink, plan.config.local, _window(site), site.scale, site.softcap),
+        (
+            *(site.q, site.k, site.v, *operands.as_args(), route),
+            *(plan.config.sink, plan.config.local, _window(site), site.scale, site.softcap),
+        ),
     )

@@ -92,13 +92,7 @@ class Emitter:
         self.gm.add_submodule(name, module)
         return name
 
-    def cond(
-        self,
-        predicate: fx.Node,
-        yes: Branch,
-        no: Branch,
-        like: fx.Node,
-    ) -> fx.Node:
+    def cond(self, predicate: fx.Node, yes: Branch, no: Branch, like: fx.Node) -> fx.Node:
         """``torch.cond`` between two branches over the union of their operands."""
         operands = list(dict.fromkeys([*yes.operands(), *no.operands()]))
         branches = [
@@ -146,8 +140,7 @@ class Branch:
         if not self.to_tokens_first:
             return result
         graph = result.graph
-        moved = graph.call_method("transpose", (result, 1, 2))
-        return graph.call_method("contiguous", (moved,))
+        return graph.call_method("contiguous", (graph.call_method("transpose", (result, 1, 2)),))
 
 
 def _size_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:

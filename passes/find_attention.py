@@ -189,5 +189,3 @@ def _product(scores: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if permutation(flipped) == swap:
             return query, flipped.args[0]
     return None
-
-

@@ -96,9 +96,7 @@ class RouteSource:
                 route = emitter.call(torch.logical_or, (route, unreadable))
         return route
 
-    def _pool_positions(
-        self, site: AttentionSite, masks: MaskOperands, pool_size: int
-    ) -> fx.Node:
+    def _pool_positions(self, site: AttentionSite, masks: MaskOperands, pool_size: int) -> fx.Node:
         if masks not in self._positions:
             with self._emitter.graph.inserting_before(site.output):
                 self._positions[masks] = self._emitter.call(
