@@ -54,7 +54,8 @@ class MaskOperandCache:
     ) -> tuple[fx.Node, fx.Node | None]:
         """``bounds4`` and ``key_valid`` of ``flux::decode_attention`` for one query token."""
         valid = self._key_valid(site)
-        q_start = self._q_start(site)
+        # A given mask row says by itself which keys its one query sees.
+        q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
         window = site.mask.window if isinstance(site.mask, CausalMask) else 0
         key = (valid, q_start, sink, local, window, sparse, as_expr(site.k_shape[2]))
         if key not in self._decode:

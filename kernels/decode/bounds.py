@@ -37,6 +37,11 @@ def decode_bounds(
     else:
         end = (q_start.to(torch.int64) + 1).expand(batch)
     low = (end - window).clamp(min=0) if window else torch.zeros_like(end)
+    if key_valid is not None:
+        position = torch.arange(capacity, device=device)
+        key_valid = key_valid & (position < end[:, None])
+        # A cache may be far longer than what is valid of it.
+        end = torch.where(key_valid, position + 1, 0).amax(-1)
     if not sparse:
         return torch.stack((low, low, low, end), dim=1).to(torch.int32)
     sinks = torch.full_like(end, sink)
@@ -46,9 +51,7 @@ def decode_bounds(
         sink_end, local_start = torch.minimum(sinks, end), (end - local).clamp(min=0)
     else:
         # Ranks keep the order of indices, so "the first/last n valid keys" is an index range.
-        position = torch.arange(capacity, device=device)
-        seen = (key_valid & (position < end[:, None])).to(torch.int32).cumsum(-1)
-        count = seen[:, -1:]
+        seen = key_valid.to(torch.int32).cumsum(-1)
         sink_end = (seen <= sinks[:, None]).sum(-1)
-        local_start = (seen <= count - local).sum(-1)
+        local_start = (seen <= seen[:, -1:] - local).sum(-1)
     return torch.stack((low, sink_end, local_start, end), dim=1).to(torch.int32)
