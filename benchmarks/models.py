@@ -56,7 +56,8 @@ def random_llama(
         model = LlamaForCausalLM(config)
     model = model.to(dtype).to_empty(device=device).eval()
     # Its frequencies are a buffer that no checkpoint carries: made anew, in fp32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -75,7 +75,7 @@ def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object)
     expression = evaluator.allowed(mask, (batch, head, i, j))
     if expression.has(head) and not expression.atoms(Load):
         raise UnreadableMask("differs between heads")
-    terms = sympy.And.make_args(expression)
+    terms = tuple(sympy.And.make_args(expression))
     if any(isinstance(term, Load) and len(term.index) == 4 for term in terms):
         return _given(mask, terms, evaluator)
     return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length))
