@@ -17,13 +17,18 @@ Every result is contiguous and in q's dtype; softmax runs in fp32; a query that 
 key gives zeros. Operands that an operator cannot serve raise :class:`KernelError`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fluxcompile.errors import KernelError
 from fluxcompile.kernels import validation
+from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.masks import key_masks
+from fluxcompile.kernels.streaming import cpu as streaming_cpu
+from fluxcompile.kernels.streaming import cuda as streaming_cuda
 
 _LIBRARY = torch.library.Library("flux", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -166,121 +171,89 @@ def decode_attention(
     return torch.ops.flux.decode_attention(q, k, v, bounds4, key_valid, route, scale, softcap)
 
 
-def _mask_bounds(key_valid: Tensor) -> tuple[Tensor, Tensor]:
-    validation.check_key_valid(key_valid)
-    return key_masks.mask_bounds(key_valid)
-
-
-def _read_mask(mask: Tensor, q_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    validation.check_mask(mask, q_start)
-    return key_masks.read_mask(mask, q_start)
-
-
-def _full_attention_cpu(q, k, v, *operands):
-    from fluxcompile.kernels.streaming import cpu
-
-    validation.check_attention(q, k, v, *operands[:5])
-    return cpu.full_attention(q, k, v, *operands)
-
-
-def _full_attention_cuda(q, k, v, *operands):
-    from fluxcompile.kernels.streaming import cuda
-
-    validation.check_attention(q, k, v, *operands[:5])
-    return cuda.full_attention(q, k, v, *operands)
-
-
-def _streaming_attention_cpu(q, k, v, *operands):
-    from fluxcompile.kernels.streaming import cpu
-
-    validation.check_attention(q, k, v, *operands[:6])
-    validation.check_streaming(*operands[6:8])
-    return cpu.streaming_attention(q, k, v, *operands)
-
-
-def _streaming_attention_cuda(q, k, v, *operands):
-    from fluxcompile.kernels.streaming import cuda
-
-    validation.check_attention(q, k, v, *operands[:6])
-    validation.check_streaming(*operands[6:8])
-    return cuda.streaming_attention(q, k, v, *operands)
-
-
-def _decode_attention_cpu(q, k, v, *operands):
-    from fluxcompile.kernels.decode import cpu
-
-    validation.check_decode(q, k, v, *operands[:3])
-    return cpu.decode_attention(q, k, v, *operands)
-
-
-def _decode_attention_cuda(q, k, v, *operands):
-    validation.check_decode(q, k, v, *operands[:3])
-    return triton_module("decode").decode_attention(q, k, v, *operands)
+def _decode_attention_cuda(*operands):
+    return triton_module("decode").decode_attention(*operands)
 
 
 def _mask_bounds_fake(key_valid):
-    validation.check_key_valid(key_valid)
     bounds = key_valid.new_empty((key_valid.shape[0], 2), dtype=torch.int32)
     return bounds, torch.empty(3, dtype=torch.bool, device="cpu")
 
 
 def _read_mask_fake(mask, q_start):
-    validation.check_mask(mask, q_start)
     key_valid = mask.new_empty((mask.shape[0], mask.shape[3]))
     return key_valid, *_mask_bounds_fake(key_valid)
 
 
-def _full_attention_fake(q, k, v, *operands):
-    validation.check_attention(q, k, v, *operands[:5])
-    return _empty_output(q)
-
-
-def _streaming_attention_fake(q, k, v, *operands):
-    validation.check_attention(q, k, v, *operands[:6])
-    validation.check_streaming(*operands[6:8])
-    return _empty_output(q)
-
-
-def _decode_attention_fake(q, k, v, *operands):
-    validation.check_decode(q, k, v, *operands[:3])
-    return _empty_output(q)
-
-
-def _empty_output(q: Tensor) -> Tensor:
+def _attention_fake(q, *operands):
     batch, heads, queries, head_dim = q.shape
     return q.new_empty((batch, queries, heads, head_dim))
 
 
-def _no_autograd(name: str):
+def _checked(check: Callable, implementation: Callable) -> Callable:
+    """``implementation`` behind ``check``, both taking the operator's arguments."""
+
+    def kernel(*operands):
+        check(*operands)
+        return implementation(*operands)
+
+    return kernel
+
+
+def _no_autograd(name: str) -> Callable:
     """The op's Autograd kernel: an error under grad, otherwise straight to the device's kernel."""
     op = getattr(torch.ops.flux, name).default
 
-    def kernel(keyset, *args):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+    def kernel(keyset, *operands):
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in operands
+        ):
             raise KernelError.mismatch(
                 f"flux::{name} has no backward",
                 "operands that need no gradient, or torch.no_grad()",
                 "an operand that requires grad under grad mode",
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *operands)
 
     return kernel
 
 
-for _name, _cpu, _cuda, _fake in (
-    ("mask_bounds", _mask_bounds, _mask_bounds, _mask_bounds_fake),
-    ("read_mask", _read_mask, _read_mask, _read_mask_fake),
-    ("full_attention", _full_attention_cpu, _full_attention_cuda, _full_attention_fake),
-    (
-        "streaming_attention",
-        _streaming_attention_cpu,
-        _streaming_attention_cuda,
-        _streaming_attention_fake,
+# name: check, CPU, CUDA, fake
+_IMPLEMENTATIONS = {
+    "mask_bounds": (
+        validation.check_key_valid,
+        key_masks.mask_bounds,
+        key_masks.mask_bounds,
+        _mask_bounds_fake,
     ),
-    ("decode_attention", _decode_attention_cpu, _decode_attention_cuda, _decode_attention_fake),
-):
-    _LIBRARY.impl(_name, _cpu, "CPU")
-    _LIBRARY.impl(_name, _cuda, "CUDA")
+    "read_mask": (
+        validation.check_mask,
+        key_masks.read_mask,
+        key_masks.read_mask,
+        _read_mask_fake,
+    ),
+    "full_attention": (
+        validation.check_full,
+        streaming_cpu.full_attention,
+        streaming_cuda.full_attention,
+        _attention_fake,
+    ),
+    "streaming_attention": (
+        validation.check_streaming,
+        streaming_cpu.streaming_attention,
+        streaming_cuda.streaming_attention,
+        _attention_fake,
+    ),
+    "decode_attention": (
+        validation.check_decode,
+        decode_cpu.decode_attention,
+        _decode_attention_cuda,
+        _attention_fake,
+    ),
+}
+for _name, (_check, _cpu, _cuda, _fake) in _IMPLEMENTATIONS.items():
+    _LIBRARY.impl(_name, _checked(_check, _cpu), "CPU")
+    _LIBRARY.impl(_name, _checked(_check, _cuda), "CUDA")
     _LIBRARY.impl(_name, _no_autograd(_name), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"flux::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"flux::{_name}", _checked(_check, _fake), lib=_LIBRARY)

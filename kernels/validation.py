@@ -28,7 +28,7 @@ def check_mask(mask: Tensor, q_start: Tensor) -> None:
         raise KernelError.mismatch("mask queries", "at least 1", "0")
 
 
-def check_attention(
+def check_full(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,10 +37,14 @@ def check_attention(
     flags: Tensor | None,
     dense_mask: Tensor | None,
     q_start: Tensor | None,
-    route: Tensor | None = None,
+    window: int,
+    scale: float,
+    softcap: float,
 ) -> None:
-    """Check the operands of ``full_attention`` and ``streaming_attention``."""
+    """Check the operands of ``full_attention``."""
     _check_qkv(q, k, v)
+    _check_score(scale, softcap)
+    _check_at_least("window", window, 0)
     batch, _, queries, _ = q.shape
     keys = k.shape[2]
     present = [name for name, x in (("bounds", bounds), ("key_valid", key_valid), ("flags", flags))
@@ -60,16 +64,30 @@ def check_attention(
         _check("q_start", q_start, torch.int32, (1,), device=q.device)
     elif isinstance(queries, int) and isinstance(keys, int) and queries > keys:
         raise KernelError.mismatch("Sq without q_start", f"at most Skv = {keys}", queries)
+
+
+def check_streaming(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    key_valid: Tensor | None,
+    flags: Tensor | None,
+    dense_mask: Tensor | None,
+    q_start: Tensor | None,
+    route: Tensor | None,
+    sink: int,
+    local: int,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Check the operands of ``streaming_attention``."""
+    check_full(q, k, v, bounds, key_valid, flags, dense_mask, q_start, window, scale, softcap)
+    _check_at_least("sink", sink, 0)
+    _check_at_least("local", local, 1)
     if route is not None:
-        _check("route", route, torch.bool, (batch,), device=q.device)
-
-
-def check_streaming(sink: int, local: int) -> None:
-    """``sink`` must be at least 0 and ``local`` at least 1, both in tokens."""
-    if isinstance(sink, int) and sink < 0:
-        raise KernelError.mismatch("sink", "at least 0 tokens", sink)
-    if isinstance(local, int) and local < 1:
-        raise KernelError.mismatch("local", "at least 1 token", local)
+        _check("route", route, torch.bool, (q.shape[0],), device=q.device)
 
 
 def check_decode(
@@ -79,9 +97,12 @@ def check_decode(
     bounds4: Tensor,
     key_valid: Tensor | None,
     route: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> None:
     """Check the operands of ``decode_attention``."""
     _check_qkv(q, k, v)
+    _check_score(scale, softcap)
     batch = q.shape[0]
     if not _same(q.shape[2], 1):
         raise KernelError.mismatch("queries a row at decode", "1", q.shape[2])
@@ -99,6 +120,18 @@ def check_readable(flags: Tensor | None, dense_mask: Tensor | None) -> bool:
     if dense_mask is None:
         raise KernelError.mismatch("dense_mask", "the mask, as flags say it is unreadable", "None")
     return False
+
+
+def _check_score(scale: float, softcap: float) -> None:
+    if isinstance(scale, float) and not scale > 0:
+        raise KernelError.mismatch("scale", "more than 0", scale)
+    if isinstance(softcap, float) and not softcap >= 0:
+        raise KernelError.mismatch("softcap", "at least 0", softcap)
+
+
+def _check_at_least(name: str, tokens: int, least: int) -> None:
+    if isinstance(tokens, int) and tokens < least:
+        raise KernelError.mismatch(name, f"at least {least} tokens", tokens)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = 1.4426950408889634
+from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
+
 # Below every score and finite, so that the maximum of a split without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
 _MAX_SPLITS = 128
@@ -41,11 +42,11 @@ CONFIGS = {
     (32, 2): Config(128, 4, 3),
     (64, 2): Config(128, 4, 3),
     (128, 2): Config(64, 4, 3),
-    (256, 2): Config(64, 4, 2),
+    (256, 2): Config(64, 8, 2),
     (16, 4): Config(64, 4, 2),
     (32, 4): Config(64, 4, 2),
     (64, 4): Config(64, 4, 2),
-    (128, 4): Config(32, 4, 2),
+    (128, 4): Config(32, 8, 2),
     (256, 4): Config(32, 8, 2),
 }
 
@@ -173,10 +174,10 @@ def decode_attention(
     Returns:
         ``[B, 1, H, D]``.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(unit_stride, (q, k, v))
     batch, heads, _, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = tile(head_dim)
     config = config or CONFIGS[block_d, q.element_size()]
     splits = splits or choose_splits(batch * kv_heads, keys, config.block_n, _sm_count(q.device))
     out = q.new_empty(batch, 1, heads, head_dim)
@@ -185,17 +186,15 @@ def decode_attention(
     part = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
     maxima = q.new_empty(batch, heads, splits, dtype=torch.float32)
     sums = torch.empty_like(maxima)
-    score_scale = _LOG2_E if softcap else _LOG2_E * scale
-    cap_scale = 2.0 * _LOG2_E * scale / softcap if softcap else 0.0
     with torch.cuda.device_of(q):
         split_kernel[(splits, batch * kv_heads)](
             q, k, v, part, maxima, sums, bounds4.contiguous(),
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
             q if route is None else route.contiguous().view(torch.uint8),
-            *_strides(q)[:2], *_strides(k), *_strides(v),
-            keys, splits, score_scale, cap_scale, float(softcap),
+            *row_strides(q)[:2], *row_strides(k), *row_strides(v),
+            keys, splits, *score_scales(scale, softcap), float(softcap),
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim,
-            BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_D=block_d,
+            BLOCK_G=tile(heads // kv_heads), BLOCK_D=block_d,
             BLOCK_N=config.block_n,
             HAS_VALID=key_valid is not None, HAS_ROUTE=route is not None,
             HAS_SOFTCAP=softcap > 0,
@@ -228,8 +227,3 @@ def _sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides but the last, 0 for a length of 1: an odd, unused one would mean a new compile."""
-    return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))

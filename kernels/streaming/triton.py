@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcompile.kernels.validation import MAX_HEAD_DIM
+from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
 
-_LOG2_E = 1.4426950408889634
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
 _UNLIMITED = tl.constexpr(1 << 30)  # the local span of a dense row, in tokens
@@ -37,18 +36,19 @@ class Config:
     num_stages: int
 
 
-# (head dim rounded up, bytes an element) -> launch. For Hopper-class GPUs.
+# (head dim rounded up, bytes an element) -> launch. For Hopper-class GPUs; none spills registers
+# into more than a few words, nor needs more shared memory than a multiprocessor has.
 CONFIGS = {
     (16, 2): Config(128, 128, 4, 3),
     (32, 2): Config(128, 128, 4, 3),
     (64, 2): Config(128, 128, 8, 3),
     (128, 2): Config(128, 64, 8, 3),
-    (256, 2): Config(128, 64, 8, 2),
+    (256, 2): Config(128, 32, 8, 3),
     (16, 4): Config(64, 32, 4, 2),
     (32, 4): Config(64, 32, 4, 2),
     (64, 4): Config(64, 32, 8, 2),
-    (128, 4): Config(32, 32, 8, 2),
-    (256, 4): Config(16, 32, 8, 1),
+    (128, 4): Config(32, 64, 8, 2),
+    (256, 4): Config(32, 16, 8, 2),
 }
 
 
@@ -229,9 +229,9 @@ def attention(
     Returns:
         ``[B, Sq, H, D]``.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(unit_stride, (q, k, v))
     batch, heads, queries, head_dim = q.shape
-    block_d = padded_head_dim(head_dim)
+    block_d = tile(head_dim)
     config = config or CONFIGS[block_d, q.element_size()]
     out = q.new_empty(batch, queries, heads, head_dim)
     blocks = triton.cdiv(queries, config.block_m)
@@ -254,23 +254,3 @@ def attention(
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The head dim rounded up to a power of two that a matmul tile may have."""
-    return min(max(16, triton.next_power_of_2(head_dim)), MAX_HEAD_DIM)
-
-
-def row_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of ``[B, H, S, D]`` but the last, 0 for a dimension of length 1.
-
-    Such a stride is never used, and an odd one would make the kernel be compiled anew.
-    """
-    return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))
-
-
-def score_scales(scale: float, softcap: float) -> tuple[float, float]:
-    """Factors to base 2: on (capped) scores, and inside the cap's exponential."""
-    if softcap:
-        return _LOG2_E, 2.0 * _LOG2_E * scale / softcap
-    return _LOG2_E * scale, 0.0

@@ -1,0 +1,33 @@
+"""What the Triton launchers share: plain numbers from shapes, no device data and no Triton."""
+
+import math
+
+from torch import Tensor
+
+_LOG2_E = math.log2(math.e)
+SMALLEST_TILE = 16  # rows or columns that a tensor-core matmul needs at least
+
+
+def tile(length: int) -> int:
+    """``length`` rounded up to a power of two that a matmul tile may have."""
+    return max(SMALLEST_TILE, 1 << (length - 1).bit_length())
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` itself where its last dimension is contiguous, otherwise a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of ``[B, H, S, D]`` but the last, 0 for a dimension of length 1.
+
+    Such a stride is never used, and an odd one would make the kernel be compiled anew.
+    """
+    return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))
+
+
+def score_scales(scale: float, softcap: float) -> tuple[float, float]:
+    """Factors to base 2: on the (capped) scores, and inside the cap's exponential."""
+    if softcap:
+        return _LOG2_E, 2.0 * _LOG2_E * scale / softcap
+    return _LOG2_E * scale, 0.0
