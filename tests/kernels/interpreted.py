@@ -1,0 +1,53 @@
+"""The Triton kernels through Triton's interpreter; test_interpreter.py runs this file.
+
+Small sizes and tiles: the interpreter takes a twentieth of a second a program, and the tiles must
+still meet every kind of key block. No bf16: its matmul is silently wrong there.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fluxcompile.kernels.decode.triton import Config as DecodeConfig
+from fluxcompile.kernels.streaming.triton import Config
+
+from . import cases, triton_checks
+
+TOKENS = 100
+TILES = Config(16, 16, 4, 1)
+
+
+def small(case: cases.Case) -> cases.Case:
+    """The case with one head, or one token in three where it is about head groups."""
+    if case.name.startswith("groups"):
+        return replace(case, queries=20, keys=20, batch=1)
+    case = replace(case, heads=2, kv_heads=1, head_dim=24)
+    if case.route:
+        case = replace(case, batch=2, route=case.route[:2])
+    if case.queries == 300:
+        case = replace(case, queries=TOKENS)
+    if case.keys == 300 and case.q_start is None:
+        case = replace(case, keys=max(TOKENS, case.queries))
+    return replace(case, heads=1) if case.batch > 1 else case
+
+
+@pytest.mark.parametrize("case", [small(c) for c in triton_checks.PREFILL], ids=cases.name)
+def test_prefill(case):
+    triton_checks.check_prefill(case, torch.float32, "cpu", TILES)
+
+
+@pytest.mark.parametrize("name", ["full-left", "mixed-both", "static-cache-mixed"])
+def test_prefill_half(name):
+    triton_checks.check_prefill(small(cases.named(name)), torch.float16, "cpu", TILES)
+
+
+@pytest.mark.parametrize("case", cases.DECODE, ids=cases.name)
+def test_decode(case):
+    triton_checks.check_decode(case, torch.float32, "cpu", DecodeConfig(32, 4, 1), splits=3)
+
+
+@pytest.mark.parametrize("splits", [1, 40])
+def test_decode_half(splits):
+    case = cases.named("mixed-holes-decode")
+    triton_checks.check_decode(case, torch.float16, "cpu", DecodeConfig(32, 4, 1), splits)

@@ -1,0 +1,86 @@
+"""Every shipped Triton configuration compiles for Hopper and fits it; needs no GPU.
+
+The fast subset runs always, the rest with ``--slow``.
+"""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
+from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
+FLOATS = ("score_scale", "cap_scale", "softcap")
+TYPES = {"p_bounds": "*i32", "p_q_start": "*i32", "p_route": "*u8", "p_valid": "*u8"}
+PARTIAL = ("p_part", "p_max", "p_sum")
+
+
+def compiled(kernel, config, element, constants):
+    """``kernel`` compiled for Hopper, with the alignment that real tensors have."""
+    names = kernel.arg_names
+
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        if name in PARTIAL:
+            return "*fp32"
+        if name.startswith("p_"):
+            return TYPES.get(name, f"*{element}")
+        return "fp32" if name in FLOATS else "i32"
+
+    aligned = [i for i, name in enumerate(names) if name.startswith(("p_", "stride_"))]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={name: kind(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=HOPPER, options=options)
+
+
+def configurations(table):
+    """Parameters of every entry of ``table``."""
+    params = []
+    for (head_dim, size), config in table.items():
+        for element in ("fp32",) if size == 4 else ("bf16", "fp16"):
+            fast = (head_dim, element) in ((128, "bf16"), (128, "fp32"))
+            marks = () if fast else pytest.mark.slow
+            params.append(
+                pytest.param(head_dim, element, config, id=f"{head_dim}-{element}", marks=marks)
+            )
+    return params
+
+
+@pytest.mark.parametrize("flags", ["streaming", "full", "everything"])
+@pytest.mark.parametrize(
+    ("head_dim", "element", "config"), configurations(streaming_triton.CONFIGS)
+)
+def test_prefill_compiles(head_dim, element, config, flags):
+    kernel = streaming_triton.attention_kernel
+    has = [name for name in kernel.arg_names if name.startswith("HAS_")]
+    constants = {
+        "HEADS": 32, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPARSE": flags != "full",
+        **dict.fromkeys(has, flags == "everything"),
+    }  # fmt: skip
+    binary = compiled(kernel, config, element, constants)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")
+
+
+@pytest.mark.parametrize(("head_dim", "element", "config"), configurations(decode_triton.CONFIGS))
+def test_decode_compiles(head_dim, element, config):
+    constants = {
+        "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_G": 16, "BLOCK_D": head_dim,
+        "BLOCK_N": config.block_n, "HAS_VALID": True, "HAS_ROUTE": True, "HAS_SOFTCAP": False,
+    }  # fmt: skip
+    binary = compiled(decode_triton.split_kernel, config, element, constants)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 64}
+    combine = compiled(decode_triton.combine_kernel, config, element, constants)
+    assert combine.metadata.shared <= SHARED_MEMORY

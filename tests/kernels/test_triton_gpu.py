@@ -1,0 +1,122 @@
+"""The kernels on a real GPU: every dtype and head dim, larger sizes, graphs, no host syncs."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fluxcompile.kernels import ops
+
+from . import cases, triton_checks
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (64, 96, 128, 256)
+MIXED = cases.named("mixed-both")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+@pytest.mark.parametrize("case", triton_checks.PREFILL + cases.BIG_PREFILL, ids=cases.name)
+def test_prefill_kernel(case, dtype):
+    triton_checks.check_prefill(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+@pytest.mark.parametrize("case", cases.DECODE, ids=cases.name)
+def test_decode_kernel(case, dtype):
+    triton_checks.check_decode(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+def test_head_dims(dtype, head_dim):
+    case = cases.at(MIXED, head_dim=head_dim, queries=1000, keys=1000)
+    triton_checks.check_prefill(case, dtype, "cuda")
+    triton_checks.check_decode(cases.at(cases.named("mixed"), head_dim=head_dim), dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+@pytest.mark.parametrize("case", cases.PREFILL, ids=cases.name)
+def test_operator(case, dtype):
+    """Whatever the dispatch picks: torch's kernels, ours, or the blockwise path."""
+    x = cases.prefill(case, dtype, "cuda")
+    cases.assert_within_bound(x, x.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+def test_long_prompt(dtype):
+    case = cases.at(
+        cases.named("mixed-left"), queries=5000, keys=5000, sink=128, local=2048, head_dim=128
+    )
+    triton_checks.check_prefill(case, dtype, "cuda")
+
+
+def test_unreadable_mask():
+    x = cases.prefill(cases.named("full-300"), torch.bfloat16, "cuda")
+    mask = torch.rand(2, 1, 300, 300, device="cuda") < 0.3
+    mask[:, :, 7] = False
+    key_valid, bounds, flags = ops.read_mask(mask, torch.zeros(1, dtype=torch.int32, device="cuda"))
+    assert flags.device.type == "cpu"
+    out = ops.full_attention(x.q, x.k, x.v, bounds, key_valid, flags, mask, scale=x.scale)
+    k, v = (t.repeat_interleave(2, dim=1) for t in (x.k, x.v))
+    expected = torch.nn.functional.scaled_dot_product_attention(x.q, k, v, mask, scale=x.scale)
+    torch.testing.assert_close(out, expected.transpose(1, 2).nan_to_num(0), atol=2e-2, rtol=2e-2)
+    assert (out[:, 7] == 0).all()
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_attention_never_synchronises(padding):
+    """Only reading a mask may: kernels take bounds, position and route on the device."""
+    x = cases.prefill(cases.at(MIXED, padding=padding), torch.bfloat16, "cuda")
+    step = cases.decode(cases.named("mixed-holes-decode"), torch.bfloat16, "cuda")
+    x.run()
+    step.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x.run()
+        step.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed-holes-decode"])
+def test_captured_decode_follows_routes_and_bounds(name):
+    """One CUDA graph serves any route and length that its input tensors hold at replay."""
+    x = cases.decode(cases.named(name), torch.bfloat16, "cuda")
+    torch.nan_to_num_(x.k)
+    torch.nan_to_num_(x.v)
+    x.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = x.run()
+    for route in ((True, True), (False, False), (False, True)):
+        for end in (300, 150):
+            x.route.copy_(torch.tensor(route))
+            x.bounds4[:, 3] = end
+            x.bounds4[:, 2] = end - 40
+            graph.replay()
+            cases.assert_within_bound(x, out)
+
+
+def test_decode_splits_do_not_change_the_result():
+    case = cases.at(cases.named("mixed"), keys=300, head_dim=128)
+    for splits in (1, 2, 7, 64):
+        triton_checks.check_decode(case, torch.bfloat16, "cuda", splits=splits)
+
+
+def test_new_lengths_do_not_recompile():
+    from fluxcompile.kernels.streaming.triton import attention_kernel
+
+    def compiled():
+        return sum(len(cache[0]) for cache in attention_kernel.device_caches.values())
+
+    def run(n):
+        triton_checks.check_prefill(cases.at(MIXED, queries=n, keys=n), torch.bfloat16, "cuda")
+
+    run(300)
+    before = compiled()
+    for n in (64, 301, 1000, 1024):
+        run(n)
+    assert compiled() == before
