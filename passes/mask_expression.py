@@ -13,7 +13,15 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from fluxcompile.passes.graph_util import argument, as_expr, is_tensor, mutates, op_name, value_of
+from fluxcompile.passes.graph_util import (
+    argument,
+    as_expr,
+    is_tensor,
+    mutates,
+    op_name,
+    same_size,
+    value_of,
+)
 from fluxcompile.passes.views import Index, _step, broadcast_index
 
 #: an additive mask at or below this counts as minus infinity (float16's most negative value)
@@ -191,9 +199,40 @@ class MaskExpression:
             return start + step * index[0]
         if name in _CASTS and is_tensor(node.args[0]) and value_of(node.args[0]).dtype in _INTEGERS:
             return self._integer_operand(node.args[0], index)
+        if name == "diff":
+            return self._difference(node, index)
+        if name == "cumsum":
+            return self._running_total(node, index)
         if value.dim() == 0 and value.dtype == torch.int64:
             return self._scalar(node)
         raise UnreadableMask(f"integers made by '{name}' ({node.name})")
+
+    def _difference(self, node: fx.Node, index: Index) -> sympy.Expr:
+        """``diff(x, prepend=first)``, where the first step is as large as every other one."""
+        source, first = node.args[0], node.kwargs.get("prepend")
+        axis = argument(node, 2, "dim", -1)
+        plain = argument(node, 1, "n", 1) == 1 and "append" not in node.kwargs
+        if not (plain and is_tensor(first) and axis in (-1, len(index) - 1)):
+            raise UnreadableMask(f"difference other than with one prepended value ({node.name})")
+        if not same_size(value_of(first).shape[-1], 1):
+            raise UnreadableMask(f"difference with several prepended values ({node.name})")
+        *row, token = index
+        start = self._integer(source, (*row, sympy.Integer(0)))
+        step = self._integer(source, index) - self._integer(source, (*row, token - 1))
+        if sympy.expand(step - (start - self._integer(first, (*row, sympy.Integer(0))))) != 0:
+            raise UnreadableMask(f"difference with another first step ({node.name})")
+        return sympy.expand(step)
+
+    def _running_total(self, node: fx.Node, index: Index) -> sympy.Expr:
+        """``cumsum`` of what is zero everywhere: of the breaks in positions that have none."""
+        source = node.args[0]
+        if value_of(source).dtype == torch.bool:
+            zero = self._bool(source, index) == sympy.false
+        else:
+            zero = self._integer(source, index) == 0
+        if not zero:
+            raise UnreadableMask(f"running total of what may not be zero ({node.name})")
+        return sympy.Integer(0)
 
     def _scalar(self, node: fx.Node) -> sympy.Symbol:
         symbol = sympy.Symbol(f"tensor_{node.name}", integer=True, nonnegative=True)

@@ -69,6 +69,8 @@ def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object)
     batch, head, i, j = index_symbols(4)
     if query_length == 1:
         i = sympy.Integer(0)
+    if same_size(key_length, 1):
+        j = sympy.Integer(0)
     if shape[0] == 1:
         batch = sympy.Integer(0)
     evaluator = MaskExpression()
