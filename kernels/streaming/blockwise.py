@@ -55,8 +55,8 @@ def ranked_attention(
     out = _empty_output(q)
     for first in range(0, queries, _QUERIES):
         block = slice(first, first + _QUERIES)
-        position = index.new_tensor(keys - queries) if q_start is None else q_start
-        position = position + torch.arange(first, min(first + _QUERIES, queries), device=q.device)
+        position = torch.arange(first, min(first + _QUERIES, queries), device=q.device)
+        position += keys - queries if q_start is None else q_start
         seen = key_valid[:, None, :] & (index <= position[:, None])
         if window:
             seen &= index > position[:, None] - window

@@ -1,5 +1,6 @@
 """Full and streaming attention on CUDA: which implementation serves which operands."""
 
+import torch
 import torch.nn.functional as F
 
 from fluxcompile.kernels.dispatch import triton_module
@@ -10,14 +11,16 @@ from fluxcompile.kernels.validation import check_readable
 def full_attention(q, k, v, bounds, key_valid, flags, dense_mask, q_start, window, scale, softcap):
     """See :func:`fluxcompile.kernels.ops.full_attention`.
 
-    Torch's fused kernels (cuDNN, FlashAttention) are the fastest where they can serve.
+    Torch's fused kernels (cuDNN, FlashAttention) are the fastest where they can serve. In fp32
+    none takes unexpanded KV: torch would fall back to plain matmuls with every score in memory.
     """
-    everything = q_start is None and not window and not softcap and (flags is None or flags.all())
+    plain = q_start is None and not window and not softcap and (flags is None or flags.all())
     queries, keys = q.shape[2], k.shape[2]
-    if everything and queries in (1, keys):
+    grouped = q.shape[1] != k.shape[1]
+    if plain and queries in (1, keys) and not (grouped and q.dtype == torch.float32):
         causal = queries > 1  # torch aligns its causal mask at the upper left: equal lengths only
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous()
     return streaming_attention(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fluxcompile.kernels.decode.triton import Config as DecodeConfig
+from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.streaming.triton import Config
 
 from . import cases, triton_checks
@@ -40,6 +41,21 @@ def test_prefill(case):
 @pytest.mark.parametrize("name", ["full-left", "mixed-both", "static-cache-mixed"])
 def test_prefill_half(name):
     triton_checks.check_prefill(small(cases.named(name)), torch.float16, "cpu", TILES)
+
+
+@pytest.mark.parametrize(
+    "name", ["full-300", "full-left", "full-holes", "chunk-full", "mixed-left"]
+)
+def test_prefill_dispatch_of_cuda(name):
+    """What the CUDA key calls, with the tiles it ships, whichever implementation it picks."""
+    x = cases.prefill(small(cases.named(name)), torch.float32)
+    operands = x.q, x.k, x.v, x.bounds, x.key_valid, x.flags, None, x.q_start
+    options = x.case.window, x.scale, x.case.softcap
+    if x.case.sink is None:
+        out = cuda.full_attention(*operands, *options)
+    else:
+        out = cuda.streaming_attention(*operands, x.route, x.case.sink, x.case.local, *options)
+    cases.assert_within_bound(x, out)
 
 
 @pytest.mark.parametrize("case", cases.DECODE, ids=cases.name)
