@@ -217,9 +217,12 @@ class MaskExpression:
         if not same_size(value_of(first).shape[-1], 1):
             raise UnreadableMask(f"difference with several prepended values ({node.name})")
         *row, token = index
-        start = self._integer(source, (*row, sympy.Integer(0)))
+        zero = sympy.Integer(0)
+        start = self._integer(source, (*row, zero)) - self._integer(first, (*row, zero))
+        if same_size(value_of(source).shape[-1], 1):
+            return sympy.expand(start)
         step = self._integer(source, index) - self._integer(source, (*row, token - 1))
-        if sympy.expand(step - (start - self._integer(first, (*row, sympy.Integer(0))))) != 0:
+        if sympy.expand(step - start) != 0:
             raise UnreadableMask(f"difference with another first step ({node.name})")
         return sympy.expand(step)
 
