@@ -19,7 +19,7 @@ from torch import fx
 from torch.nn import functional
 
 from fluxcompile.passes.emit import Branch, Emitter, UnknownSize
-from fluxcompile.passes.graph_util import erase_dead, same_size, value_of
+from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_of
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
@@ -61,6 +61,8 @@ def _rewrite(
         result = _prefill(site, policy, plan, emitter, masks, routes)
     with emitter.graph.inserting_before(site.output):
         replacement = emitter.method("transpose", result, 1, 2)
+        if any(op_name(user) == "view" for user in site.output.users):
+            replacement = emitter.method("contiguous", replacement)  # memory order as traced
     replacement.meta = dict(site.output.meta)
     site.output.replace_all_uses_with(replacement)
     erase_dead(site.output)

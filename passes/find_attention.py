@@ -8,13 +8,17 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from fluxcompile.passes.graph_util import argument, is_tensor, op_name, value_of
+from fluxcompile.kernels.validation import MAX_HEAD_DIM
+from fluxcompile.passes.graph_util import argument, changes_of, hint, is_tensor, op_name, value_of
 from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
 from fluxcompile.passes.views import permutation
 
 _SDPA = {functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
 _ROUNDING = {"to", "type", "float", "half", "bfloat16", "type_as"}
 _MATMUL = {"matmul", "bmm", "__matmul__"}
+_SCALINGS = {"mul", "imul", "truediv", "div", "itruediv"}
+#: how many operations may stand between a product with the keys and its softmax
+_SCORE_STEPS = 8
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
@@ -32,6 +36,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
         else:
             continue
         if site is not None:
+            site.skip = site.skip or _misfit(site)
             site.index = len(sites)
             site.path = module_path(node)
             sites.append(site)
@@ -55,15 +60,28 @@ def _from_sdpa(node: fx.Node) -> AttentionSite:
     dropout = argument(node, 4, "dropout_p", 0.0)
     causal = bool(value_of(argument(node, 5, "is_causal", False)))
     site = AttentionSite(-1, "", node, query, key, value, mask, causal, 1.0)
-    shapes = [tuple(value_of(x).shape) for x in (query, key, value)]
-    if any(len(shape) != 4 for shape in shapes) or shapes[0][3] != shapes[2][3]:
-        site.skip = Skip(SkipReason.SHAPES, f"got {[list(shape) for shape in shapes]}")
-    elif value_of(dropout) != 0.0:
+    if value_of(dropout) != 0.0:
         site.skip = Skip(SkipReason.DROPOUT, f"dropout_p={dropout}")
     else:
-        scale = argument(node, 6, "scale")
-        _set_scale(site, scale, shapes[0][3])
+        _set_scale(site, argument(node, 6, "scale"), value_of(query).shape[-1])
     return site
+
+
+def _misfit(site: AttentionSite) -> Skip | None:
+    """What PyTorch computes by broadcasting or promotion and the kernels do not."""
+    values = [value_of(x) for x in (site.q, site.k, site.v)]
+    shapes = [[*value.shape] for value in values]
+    query, key, value = ([hint(size) for size in shape] for shape in shapes)
+    dims = [len(shape) for shape in shapes]
+    if dims != [4, 4, 4] or key != value or query[0] != key[0] or query[3] != key[3]:
+        return Skip(SkipReason.SHAPES, f"got {shapes}")
+    if not key[1] or query[1] % key[1] or query[3] > MAX_HEAD_DIM:
+        return Skip(SkipReason.SHAPES, f"got {shapes}, head_dim up to {MAX_HEAD_DIM}")
+    output = value_of(site.output)
+    dtypes = [x.dtype for x in (*values, output) if x is not None]
+    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
+        return Skip(SkipReason.DTYPES, f"got {[str(dtype) for dtype in dtypes]}")
+    return None
 
 
 def _set_scale(site: AttentionSite, scale: object, head_dim: int) -> None:
@@ -88,7 +106,7 @@ def _from_softmax(node: fx.Node) -> AttentionSite | None:
     scores, mask, scale, softcap = _unwrap_scores(node.args[0])
     product = _product(scores)
     if product is None:
-        return None
+        return _hidden_scores(node, output, scores)
     query, key = product
     site = AttentionSite(
         -1, "", output, query, key, output.args[1], mask, False, scale or 1.0, softcap
@@ -99,11 +117,36 @@ def _from_softmax(node: fx.Node) -> AttentionSite | None:
         site.skip = Skip(SkipReason.WEIGHTS_RETURNED, node.name)
     elif dropout:
         site.skip = Skip(SkipReason.DROPOUT, f"p={dropout}")
-    elif any(value_of(x).dim() != 4 for x in (query, key, site.v)):
-        site.skip = Skip(SkipReason.SHAPES)
-    elif value_of(query).shape[3] != value_of(site.v).shape[3]:
-        site.skip = Skip(SkipReason.SHAPES, "keys and values differ in head_dim")
+    elif (change := _changed_in_place(node, scores, output)) is not None:
+        site.skip = Skip(SkipReason.SCORES_UNREADABLE, f"changed in place by {change.name}")
     return site
+
+
+def _hidden_scores(softmax: fx.Node, output: fx.Node, scores: fx.Node) -> AttentionSite | None:
+    """Attention whose scores go through a step that is not read: left alone, but not unseen."""
+    node = scores
+    for _ in range(_SCORE_STEPS):
+        if (product := _product(node)) is not None:
+            site = AttentionSite(-1, "", output, *product, output.args[1], None, False, 1.0)
+            site.skip = Skip(SkipReason.SCORES_UNREADABLE, f"{op_name(scores)} ({scores.name})")
+            return site
+        sources = [source for source in node.all_input_nodes if is_tensor(source)]
+        scored = [source for source in sources if _is_scores(source)]
+        if len(scored) != 1:
+            return None
+        node = scored[0]
+    return None
+
+
+def _changed_in_place(softmax: fx.Node, product: fx.Node, output: fx.Node) -> fx.Node | None:
+    """A change to the scores, or to the operands of their product, that the reading missed."""
+    chain = [softmax.args[0]]
+    while chain[-1] is not product:
+        chain.append(next(s for s in chain[-1].all_input_nodes if _is_scores(s)))
+    changes = [change for node in chain for change in changes_of(node) if change < softmax]
+    for operand in product.args[:2]:
+        changes += [change for change in changes_of(operand) if product < change < output]
+    return next((change for change in changes if change not in chain), None)
 
 
 def _weighted_values(softmax: fx.Node) -> tuple[fx.Node | None, float, bool]:
@@ -136,39 +179,52 @@ def _unwrap_scores(
             if not (is_tensor(args[0]) and is_tensor(args[1])):
                 return node, mask, None, softcap
             node, mask = (args[0], args[1]) if _is_scores(args[0]) else (args[1], args[0])
-        elif name in ("mul", "truediv", "div", "imul"):
+        elif name in _SCALINGS:
             if (capped := _softcap(node)) is not None and scale == 1.0 and softcap == 0.0:
                 node, softcap = capped
                 continue
-            factor = _number(args[1])
-            if factor is None or not is_tensor(args[0]):
+            scaled, factor = _scaling(node)
+            if scaled is None:
                 return node, mask, None, softcap
-            scale = scale * factor if name in ("mul", "imul") else scale / factor
-            node = args[0]
+            scale, node = scale * factor, scaled
         else:
             return node, mask, scale, softcap
 
 
 def _is_scores(node: fx.Node) -> bool:
     """True where a matmul lies a few scalings upstream; masks have none."""
-    for _ in range(8):
+    for _ in range(_SCORE_STEPS):
         if op_name(node) in _MATMUL:
             return True
-        if not node.args or not is_tensor(node.args[0]) or node.op == "placeholder":
+        operands = [operand for operand in node.args[:2] if is_tensor(operand)]
+        if not operands:
             return False
-        node = node.args[0]
+        node = operands[0]
     return False
+
+
+def _scaling(node: fx.Node) -> tuple[fx.Node, float] | tuple[None, None]:
+    """``(x, c)`` of ``x * c``, ``c * x`` and ``x / (1 / c)``."""
+    name, operands = op_name(node), list(node.args[:2])
+    if name not in _SCALINGS or len(operands) < 2:
+        return None, None
+    if name in ("mul", "imul") and not is_tensor(operands[0]):
+        operands.reverse()
+    scaled, factor = operands[0], _number(operands[1])
+    if factor is None or not is_tensor(scaled) or factor == 0.0:
+        return None, None
+    return scaled, factor if name in ("mul", "imul") else 1.0 / factor
 
 
 def _softcap(node: fx.Node) -> tuple[fx.Node, float] | None:
     """``tanh(x / c) * c`` gives ``(x, c)``."""
-    outer, inner = _number(node.args[1]), node.args[0]
-    if outer is None or not is_tensor(inner) or op_name(inner) != "tanh":
+    inner, cap = _scaling(node)
+    if inner is None or op_name(inner) != "tanh":
         return None
-    ratio = inner.args[0]
-    if op_name(ratio) not in ("truediv", "div") or _number(ratio.args[1]) != outer:
+    ratio, inverse = _scaling(inner.args[0]) if inner.args else (None, None)
+    if ratio is None or not math.isclose(cap * inverse, 1.0, rel_tol=1e-6):
         return None
-    return ratio.args[0], outer
+    return ratio, cap
 
 
 def _number(value: object) -> float | None:

@@ -8,6 +8,21 @@ import sympy
 import torch
 from torch import fx
 
+_OPERATORS_IN_PLACE = {
+    *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+}
+#: operations whose result may be a view of their first operand
+_MAY_ALIAS = {
+    *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "broadcast_to"),
+    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "view_as", "unfold"),
+    *("squeeze", "unsqueeze", "getitem", "select", "narrow", "chunk", "split", "unbind"),
+    *("contiguous", "detach", "to", "type", "type_as", "float", "half", "bfloat16", "getattr"),
+    *("view_as_real", "view_as_complex", "diagonal", "tensor_split", "bool", "long", "int"),
+}
+#: operations whose result is new memory
+_FRESH = {"matmul", "bmm", "__matmul__", "add", "sub", "mul", "truediv", "div"}
+
 
 def op_name(node: fx.Node) -> str:
     """The plain name of what a node calls: ``"transpose"``, ``"getitem"``, ``"add"``..."""
@@ -54,23 +69,42 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def mutates(node: fx.Node) -> bool:
-    """True for in-place tensor methods and item assignment, which must never be erased."""
-    name = op_name(node)
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    """True for item assignment and in-place methods, functions and operators on a tensor."""
+    name = op_name(node).removeprefix("__").removesuffix("__")
+    if name in _OPERATORS_IN_PLACE:
+        return bool(node.args) and is_tensor(node.args[0])
+    from_operator = getattr(node.target, "__module__", None) == "_operator"  # and_, or_, not_
+    return name.endswith("_") and not from_operator
+
+
+def changes_of(node: fx.Node) -> list[fx.Node]:
+    """Every in-place operation on ``node`` or on what may share its memory further down."""
+    changes: list[fx.Node] = []
+    aliases, seen = [node], {node}
+    while aliases:
+        alias = aliases.pop()
+        for user in alias.users:
+            changed = mutates(user) and user.args and user.args[0] is alias
+            if changed:
+                changes.append(user)
+            if (changed or op_name(user) in _MAY_ALIAS) and user not in seen:
+                seen.add(user)
+                aliases.append(user)
+    return changes
 
 
 def erase_dead(node: fx.Node) -> int:
     """Erase a node and whatever fed only it. Returns how many nodes went.
 
     FX's own dead-code pass does not know that ``index_copy_`` has an effect, so only the cone of
-    a replaced node is swept, and nothing that mutates or is an input.
+    a replaced node is swept, and nothing that is an input or changes what others still read.
     """
     erased, worklist = 0, [node]
     while worklist:
         candidate = worklist.pop()
-        if candidate.users or candidate.op in ("placeholder", "output") or mutates(candidate):
+        if candidate.users or candidate.op in ("placeholder", "output"):
+            continue
+        if mutates(candidate) and not _changes_its_own(candidate):
             continue
         if getattr(candidate, "_erased", False):
             continue
@@ -79,3 +113,11 @@ def erase_dead(node: fx.Node) -> int:
         erased += 1
         worklist.extend(inputs)
     return erased
+
+
+def _changes_its_own(change: fx.Node) -> bool:
+    """True for ``x += y`` where ``x`` is a result that nothing else reads."""
+    target = change.args[0]
+    if len(target.users) > 1:
+        return False
+    return op_name(target) in _FRESH or (mutates(target) and _changes_its_own(target))

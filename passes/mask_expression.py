@@ -16,8 +16,8 @@ from torch import fx
 from fluxcompile.passes.graph_util import (
     argument,
     as_expr,
+    changes_of,
     is_tensor,
-    mutates,
     op_name,
     same_size,
     value_of,
@@ -74,7 +74,8 @@ _ARITHMETIC = {
 }
 _CASTS = {"to", "type", "bool", "long", "int", "contiguous", "clone"}
 _FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: narrower integers overflow at lengths that occur
+_INTEGERS = (torch.int64, torch.int32)
 
 
 class MaskExpression:
@@ -95,6 +96,7 @@ class MaskExpression:
 
     def _additive(self, node: fx.Node, index: Index) -> Boolean:
         """The condition under which an additive mask is 0; it must be minus infinity elsewhere."""
+        self._require_unchanged(node)
         if (step := _step(node, index)) is not None:
             return self._additive(*step)
         name = op_name(node)
@@ -102,8 +104,8 @@ class MaskExpression:
             source = node.args[0]
             inner = broadcast_index(tuple(value_of(source).shape), index)
             if name == "masked_fill":
-                self._require_blocked(node.args[2])
-                blocked = self._bool_operand(node.args[1], index)
+                self._require_blocked(argument(node, 2, "value"))
+                blocked = self._bool_operand(argument(node, 1, "mask"), index)
                 return sympy.And(self._additive(source, inner), sympy.Not(blocked))
             if value_of(source).dtype.is_floating_point:
                 return self._additive(source, inner)
@@ -118,6 +120,11 @@ class MaskExpression:
                 self._require_blocked(node.args[1])
                 return sympy.Not(condition)
         raise UnreadableMask(f"additive mask made by '{name}' ({node.name})")
+
+    @staticmethod
+    def _require_unchanged(node: fx.Node) -> None:
+        if value_of(node).dim() > 0 and (changes := changes_of(node)):
+            raise UnreadableMask(f"{node.name} is changed in place ({changes[0].name})")
 
     @staticmethod
     def _require_blocked(value: Any) -> None:
@@ -136,6 +143,7 @@ class MaskExpression:
         value = value_of(node)
         if value.dtype != torch.bool:
             raise UnreadableMask(f"'{op_name(node)}' ({node.name}) is {value.dtype}, expected bool")
+        self._require_unchanged(node)
         if (step := self._view(node, index)) is not None:
             return self._bool(*step)
         name = op_name(node)
@@ -154,7 +162,10 @@ class MaskExpression:
         if name in _FILLS:
             return sympy.true if _FILLS[name] else sympy.false
         if name in ("full", "new_full", "full_like"):
-            return sympy.true if _constant(argument(node, 1, "fill_value")) else sympy.false
+            value = _constant(argument(node, 2 if name == "new_full" else 1, "fill_value"))
+            if value is None:
+                raise UnreadableMask(f"filled with an unknown value ({node.name})")
+            return sympy.true if value else sympy.false
         if name == "where" and len(operands) == 3:
             condition, yes, no = (self._bool_operand(operand, index) for operand in operands)
             return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
@@ -187,16 +198,17 @@ class MaskExpression:
         value = value_of(node)
         if value.dtype not in _INTEGERS:
             raise UnreadableMask(f"'{op_name(node)}' ({node.name}) is {value.dtype}, expected int")
+        self._require_unchanged(node)
         if (step := self._view(node, index)) is not None:
             return self._integer(*step)
         name = op_name(node)
-        if name in _ARITHMETIC and len(node.args) == 2:
+        if name in _ARITHMETIC and len(node.args) == 2 and not node.kwargs:
             return _ARITHMETIC[name](*(self._integer_operand(x, index) for x in node.args))
         if name == "arange":
-            bounds = node.args
-            start = as_expr(bounds[0]) if len(bounds) > 1 else sympy.Integer(0)
-            step = as_expr(bounds[2]) if len(bounds) > 2 else sympy.Integer(1)
-            return start + step * index[0]
+            only_end = len(node.args) == 1 and "end" not in node.kwargs
+            start = 0 if only_end else argument(node, 0, "start", 0)
+            stride = argument(node, 2, "step", 1)
+            return self._integer_operand(start, ()) + self._integer_operand(stride, ()) * index[0]
         if name in _CASTS and is_tensor(node.args[0]) and value_of(node.args[0]).dtype in _INTEGERS:
             return self._integer_operand(node.args[0], index)
         if name == "diff":
@@ -238,25 +250,9 @@ class MaskExpression:
         return sympy.Integer(0)
 
     def _scalar(self, node: fx.Node) -> sympy.Symbol:
-        symbol = sympy.Symbol(f"tensor_{node.name}", integer=True, nonnegative=True)
+        symbol = sympy.Symbol(f"tensor_{node.name}", integer=True)
         self.scalars[symbol] = node
         return symbol
-
-
-def changed_before(node: fx.Node, point: fx.Node) -> bool:
-    """True where an in-place operation on ``node`` (or an alias of it) comes before ``point``."""
-    aliases, seen = [node], set()
-    while aliases:
-        alias = aliases.pop()
-        if alias in seen:
-            continue
-        seen.add(alias)
-        for user in alias.users:
-            if mutates(user) and user.args and user.args[0] is alias and user < point:
-                return True
-            if op_name(user) in ("to", "view", "detach", "expand", "getitem"):
-                aliases.append(user)
-    return False
 
 
 def _constant(value: Any) -> float | None:

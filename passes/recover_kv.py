@@ -9,9 +9,9 @@ from __future__ import annotations
 import sympy
 from torch import fx
 
-from fluxcompile.passes.graph_util import hint, value_of
+from fluxcompile.passes.graph_util import changes_of, hint, same_size, value_of
 from fluxcompile.passes.site import AttentionSite
-from fluxcompile.passes.views import index_symbols, upstream
+from fluxcompile.passes.views import broadcast_index, index_symbols, upstream
 
 
 def recover_kv(sites: list[AttentionSite]) -> int:
@@ -20,8 +20,7 @@ def recover_kv(sites: list[AttentionSite]) -> int:
     for site in sites:
         if site.skip is not None:
             continue
-        heads = hint(site.q_shape[1])
-        key, value = _unexpanded(site.k, heads), _unexpanded(site.v, heads)
+        key, value = _unexpanded(site.k, site.output), _unexpanded(site.v, site.output)
         if value_of(key).shape[1] != value_of(value).shape[1]:
             continue
         changed += key is not site.k
@@ -29,17 +28,29 @@ def recover_kv(sites: list[AttentionSite]) -> int:
     return changed
 
 
-def _unexpanded(node: fx.Node, heads: int) -> fx.Node:
+def _unexpanded(node: fx.Node, reader: fx.Node) -> fx.Node:
+    """The furthest source that holds ``node``'s values when ``reader`` reads them."""
     batch, head, token, feature = index_symbols(4)
-    best = node
-    for source, index in upstream(node, (batch, head, token, feature)):
-        if len(index) != 4:
+    shape = value_of(node).shape
+    best = later = node
+    for source, index in upstream(node, broadcast_index(shape, (batch, head, token, feature))):
+        if source is not node and _changed(later, source, reader):
+            break
+        later = source
+        sizes = value_of(source).shape
+        if len(sizes) != 4 or not all(same_size(sizes[axis], shape[axis]) for axis in (0, 2, 3)):
             continue
-        kv_heads = hint(value_of(source).shape[1])
+        heads, kv_heads = hint(shape[1]), hint(sizes[1])
         if heads % kv_heads:
             continue
-        group = heads // kv_heads
-        shared = sympy.Integer(0) if kv_heads == 1 else sympy.floor(head / group)
-        if index == (batch, shared, token, feature):
+        grouped = (batch, sympy.floor(head / (heads // kv_heads)), token, feature)
+        if broadcast_index(sizes, index) == broadcast_index(sizes, grouped):
             best = source
     return best
+
+
+def _changed(later: fx.Node, source: fx.Node, reader: fx.Node) -> bool:
+    """True where ``later``, made from ``source``, stops being a copy of it before ``reader``."""
+    if any(change < reader for change in changes_of(later)):
+        return True
+    return any(later < change < reader for change in changes_of(source))

@@ -10,12 +10,18 @@ import sympy
 import torch
 from torch import fx
 
-from fluxcompile.passes.graph_util import as_expr, is_tensor, same_size, value_of
+from fluxcompile.passes.graph_util import (
+    as_expr,
+    changes_of,
+    hint,
+    is_tensor,
+    same_size,
+    value_of,
+)
 from fluxcompile.passes.mask_expression import (
     Load,
     MaskExpression,
     UnreadableMask,
-    changed_before,
 )
 from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask, Mask, Skip, SkipReason
 from fluxcompile.passes.views import index_symbols
@@ -66,6 +72,8 @@ def _recover(site: AttentionSite) -> Mask | Skip:
 def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object) -> Mask:
     if not same_size(shape[3], key_length):
         raise UnreadableMask(f"{shape[3]} keys in the mask, {key_length} in the attention")
+    if not same_size(shape[2], query_length):
+        raise UnreadableMask(f"{shape[2]} queries in the mask, {query_length} in the attention")
     batch, head, i, j = index_symbols(4)
     if query_length == 1:
         i = sympy.Integer(0)
@@ -105,7 +113,8 @@ def _classify(
         if term == sympy.true:
             continue
         if isinstance(term, Load):
-            valid.append((evaluator.loads[term.name], _valid_offset(term, batch, j)))
+            source = evaluator.loads[term.name]
+            valid.append((source, _valid_offset(term, source, batch, j)))
             continue
         bound = _bound(term, i, j)
         (upper if bound[0] == "upper" else lower).append(bound[1])
@@ -123,7 +132,7 @@ def _classify(
             raise UnreadableMask(f"sliding window of width {width}")
         window = int(width)
     for symbol in offset.free_symbols & evaluator.scalars.keys():
-        if changed_before(evaluator.scalars[symbol], mask):
+        if any(change < mask for change in changes_of(evaluator.scalars[symbol])):
             raise UnreadableMask(f"{evaluator.scalars[symbol].name} changes before the mask")
     proven = sympy.expand(offset - last) == 0
     scalars = tuple(
@@ -133,11 +142,13 @@ def _classify(
     return CausalMask(None if proven else offset, window, node, valid_offset, scalars)
 
 
-def _valid_offset(term: Load, batch: sympy.Expr, j: sympy.Symbol) -> sympy.Expr:
+def _valid_offset(term: Load, source: fx.Node, batch: sympy.Expr, j: sympy.Symbol) -> sympy.Expr:
     if len(term.index) != 2:
         raise UnreadableMask(f"reads {term.name}{list(term.index)}, expected [batch, key]")
     offset = sympy.expand(term.index[1] - j)
-    if term.index[0] not in (batch, 0) or j in offset.free_symbols:
+    shared = term.index[0] == 0 and hint(value_of(source).shape[0]) == 1
+    own = shared or (term.index[0] == batch and batch != 0)
+    if not own or j in offset.free_symbols or offset.is_negative:
         raise UnreadableMask(f"reads {term.name}{list(term.index)}, expected [batch, key + c]")
     return offset
 

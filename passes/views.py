@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import sympy
+import torch
 from torch import fx
 
 from fluxcompile.passes.graph_util import argument, as_expr, hint, is_tensor, op_name, value_of
@@ -45,6 +46,8 @@ def _step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         return None
     source = node.args[0]
     if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
+        return None
+    if value_of(source).dtype != value_of(node).dtype:  # x.view(dtype) reads other values
         return None
     shape = tuple(value_of(source).shape)
     name = op_name(node)
@@ -101,7 +104,7 @@ def basic_index(key: object, shape: tuple, index: Index) -> Index | None:
     Slices must have step 1 and a start that is provably non-negative.
     """
     keys = list(key) if isinstance(key, tuple) else [key]
-    if any(isinstance(k, fx.Node) and is_tensor(k) for k in keys):
+    if not all(_is_basic(k) for k in keys):
         return None
     if Ellipsis not in keys:
         keys.append(Ellipsis)
@@ -125,6 +128,14 @@ def basic_index(key: object, shape: tuple, index: Index) -> Index | None:
             moved.append(position if position.is_nonnegative else position + as_expr(shape[axis]))
         axis += 1
     return tuple(moved)
+
+
+def _is_basic(key: object) -> bool:
+    """True for a part of a key that picks by place, not by a list, a tensor or a truth value."""
+    if key is None or key is Ellipsis or isinstance(key, slice):
+        return True
+    value = value_of(key)
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def _through_reshape(source: tuple, target: tuple, index: Index) -> Index | None:
