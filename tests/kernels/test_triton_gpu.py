@@ -61,8 +61,9 @@ def test_unreadable_mask():
     out = ops.full_attention(x.q, x.k, x.v, bounds, key_valid, flags, mask, scale=x.scale)
     k, v = (t.repeat_interleave(2, dim=1) for t in (x.k, x.v))
     expected = torch.nn.functional.scaled_dot_product_attention(x.q, k, v, mask, scale=x.scale)
-    torch.testing.assert_close(out, expected.transpose(1, 2).nan_to_num(0), atol=2e-2, rtol=2e-2)
-    assert (out[:, 7] == 0).all()
+    expected = expected.transpose(1, 2).clone()
+    expected[:, 7] = 0  # no key: ours is zero, torch's kernels disagree with each other
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
