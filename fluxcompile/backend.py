@@ -79,9 +79,10 @@ def compile_graph(
             query = value_of(result.routes.columns[0].q)
             inputs.append(routes_example(query.shape[0], len(io.layers), query.device))
     _remember(result)
-    if reports is not None:
+    if reports is not None:  # the report says it all: no warning, and none used up
         reports.append(GraphReport.of(result, planner))
-    _explain_fallbacks(result, planner, options)
+    else:
+        _explain_fallbacks(result, planner, options)
     compiled = lower(gm, inputs, options)
     return compiled if io is None or not io.layers else CompiledGraph(compiled, io)
 

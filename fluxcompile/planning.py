@@ -7,7 +7,7 @@ from typing import Any
 
 from fluxcompile.attachment import find, layer_of
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import KernelError, OptionError
+from fluxcompile.errors import KernelError, OptionError, RouterError
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.assign_layers import LayerOf
 from fluxcompile.passes.plan import Policy, RoutingPlan
@@ -53,14 +53,19 @@ class Planner:
         for site in sites:
             if self.routes is None:
                 site.not_routed = Skip(SkipReason.NO_ROUTER)
-            elif site.layer is None and site.not_routed is None:
-                site.not_routed = Skip(SkipReason.NO_ROUTER_FOR_LAYER, site.path)
+                continue
+            if self.routes != "router" and _lacks_query(site):
+                site.not_routed = None  # only a router reads the query
+            if site.layer is None and site.not_routed is None:
+                site.not_routed = Skip(SkipReason.NO_ROUTER_FOR_LAYER)
             elif self.routes != "full" and site.skip is None and site.cache is CacheKind.UNKNOWN:
                 site.not_routed = Skip(SkipReason.CACHE_UNKNOWN)
                 policies.pop(site.layer, None)
         return RoutingPlan(self.config, policies, routers, self._options.strict)
 
     def _static(self, sites: Sequence[AttentionSite], layers: list[int]) -> dict[int, Policy]:
+        if not layers:  # a part of the model between its layers
+            return {}
         expected = len(self.layer_names) or len(layers)
         if len(self.routes) != expected:
             raise OptionError(
@@ -72,9 +77,8 @@ class Planner:
         for site in sites:
             head_dim = site.q_shape[3] if site.skip is None else self.router.head_dim
             if site.layer is not None and head_dim != self.router.head_dim:
-                raise OptionError(
-                    f"router: expected head_dim {head_dim} for {site.path}, "
-                    f"got {self.router.head_dim}"
+                raise RouterError.mismatch(
+                    f"router's head_dim for {site.path}", head_dim, self.router.head_dim
                 )
 
     def expects(self, site: AttentionSite) -> bool:
@@ -89,3 +93,7 @@ class Planner:
         if self.layer_names and site.layer is not None:
             return self.layer_names[site.layer]
         return site.path or site.output.name
+
+
+def _lacks_query(site: AttentionSite) -> bool:
+    return site.not_routed is not None and site.not_routed.reason is SkipReason.QUERY_NOT_FOUND

@@ -17,11 +17,13 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fluxcompile.passes.graph_util import hint, is_tensor, op_name, value_of
+from fluxcompile.passes.graph_util import changes_of, hint, is_tensor, op_name, value_of
 from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
 from fluxcompile.passes.views import permutation
 
 _ROOT = "root"
+#: ways to reorder axes that are not followed
+_OTHER_MOVES = {"movedim", "moveaxis", "swapdims", "t", "einsum", "flip", "roll", "getattr"}
 _SAME_AXES_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
@@ -36,6 +38,9 @@ def find_queries(
             continue
         tap = _query_before_rotary(site.q, roles)
         axes = _axes_to_heads_tokens(tap, site.q)
+        if changes := changes_of(tap):  # rotated in place: no node holds the query as it was
+            site.not_routed = Skip(SkipReason.QUERY_NOT_FOUND, f"changed by {changes[0].name}")
+            continue
         if axes is None:
             site.not_routed = Skip(SkipReason.QUERY_NOT_FOUND, f"stopped at {tap.name}")
             continue
@@ -157,13 +162,15 @@ def _axes_along_path(tap: fx.Node, query: fx.Node) -> tuple[int, ...] | None:
             if moved is None or len(moved) < 4 or any(m != a for a, m in enumerate(moved[4:], 4)):
                 return None
             axes = tuple(axes[axis] for axis in moved[:4])
-        elif name in _SAME_AXES_RESHAPES and not _keeps_leading_axes(node):
+        elif name in _OTHER_MOVES or not _keeps_leading_axes(node):
             return None
     return axes
 
 
 def _keeps_leading_axes(node: fx.Node) -> bool:
-    """A reshape that only splits or merges features (``view_as_complex`` style) keeps [:3]."""
+    """True unless a reshape does more than split or merge features (``view_as_complex`` style)."""
+    if op_name(node) not in _SAME_AXES_RESHAPES:
+        return True
     before, after = value_of(node.args[0]).shape, value_of(node).shape
     if len(before) < 4 or len(after) < 4:
         return False
