@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.insert_router import ROUTES_INPUT
@@ -56,6 +55,8 @@ def routes_example(batch: int | torch.SymInt, columns: int, device: torch.device
 
 def _name_constants(gm: fx.GraphModule) -> None:
     """AOTAutograd wants a source for every tensor that the graph module owns."""
+    from torch._dynamo.source import ConstantSource  # Dynamo imports Triton, so not before it runs
+
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is None:
         return
