@@ -134,16 +134,9 @@ def reference_after(
     model: PreTrainedModel, got: Generated, prompt: Prompt, definition: RoutedDefinition
 ) -> torch.Tensor:
     """Reference logits ``[B, N, V]`` at the steps that chose ``got.tokens``, all in one forward."""
-    ids = torch.cat((prompt.ids, got.tokens[:, :-1]), dim=1)
-    valid = torch.cat((prompt.valid, torch.ones_like(got.tokens[:, :-1])), dim=1)
-    whole = Prompt(ids, valid)
+    ids, valid, positions = prompt.then(got.tokens[:, :-1])
     logits = routed_logits(
-        model,
-        definition,
-        ids,
-        attention_mask=valid,
-        position_ids=whole.positions,
-        use_cache=False,
+        model, definition, ids, attention_mask=valid, position_ids=positions, use_cache=False
     )
     return logits[:, prompt.ids.shape[1] - 1 :]
 

@@ -101,8 +101,21 @@ class Prompt:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Position of each token among its row's valid ones, as HF's ``generate`` counts."""
-        return (self.valid.cumsum(-1) - 1).clamp(min=0)
+        """Positions among a row's valid tokens, 0 for padding: as ``generate`` counts."""
+        return (self.valid.cumsum(-1) - 1) * self.valid
+
+    def then(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, validity and positions with ``tokens`` ``[B, N]`` generated after the prompt.
+
+        ``generate`` counts positions on from the last one, which is 0 after padding on the right.
+        """
+        positions = self.positions
+        onward = positions[:, -1:] + 1 + torch.arange(tokens.shape[1])
+        return (
+            torch.cat((self.ids, tokens), dim=1),
+            torch.cat((self.valid, torch.ones_like(tokens)), dim=1),
+            torch.cat((positions, onward), dim=1),
+        )
 
     def row(self, index: int) -> Prompt:
         """One row without its padding."""
