@@ -1,0 +1,166 @@
+"""Under a router's control: what it decides, and what is computed then."""
+
+import pytest
+import torch
+
+import fluxcompile
+from tests.parity.decide import decide, margins
+from tests.parity.harness import (
+    all_rows,
+    assert_follows,
+    assert_logits,
+    compiled,
+    definition_of,
+    eager,
+    forward,
+    generate,
+)
+from tests.parity.models import (
+    LOCAL,
+    SINK,
+    Prompt,
+    flux_config,
+    forced_router,
+    prompt,
+    random_router,
+    tiny_model,
+)
+from tests.parity.reference import routed_logits
+
+READABLE = [
+    ("llama", "dynamic"),
+    ("llama", "static"),
+    ("llama-eager", "dynamic"),
+    ("qwen3", "dynamic"),
+    ("qwen3", "static"),
+    ("mistral", "dynamic"),
+]
+#: by model: a seed whose random router tells the rows of these tests' batches apart
+MIXED_SEED = {"llama": 3, "llama-eager": 3, "qwen3": 3, "mistral": 3}
+
+
+def routed(kind, router_of, **fields):
+    """A model with a router attached and compiled, its twin in eager mode, and the router."""
+    model, twin = tiny_model(kind), tiny_model(kind)
+    router = router_of(model, flux_config(**fields))
+    fluxcompile.attach(model, router)
+    return compiled(model, strict=True), twin, router
+
+
+def reading(kind):
+    def make(model, config):
+        return random_router(model, config, MIXED_SEED[kind])
+
+    return make
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("full", [True, False], ids=["to-full", "to-sparse"])
+def test_forced(full, cache):
+    made, twin, router = routed("llama", lambda m, c: forced_router(m, full, c))
+    for length, new in ((63, 3), (SINK + LOCAL - 3, 7)):
+        given = prompt(2, length, "left")
+        got = generate(made.model, given, new, cache == "static")
+        definition = definition_of(all_rows(2, [full, full]), router.config)
+        assert_follows(twin, got, given, definition)
+        record = fluxcompile.routes(made.model)
+        assert torch.equal(record.fa, definition.full)
+        assert record.omega == (0.0 if full else 1.0)
+
+
+@pytest.mark.parametrize(("kind", "cache"), READABLE)
+@pytest.mark.parametrize("padding", ["left", pytest.param("right", marks=pytest.mark.slow)])
+def test_mixed_rows(kind, cache, padding):
+    """Rows of one batch decide for themselves, in prefill and in every decode step."""
+    made, twin, router = routed(kind, reading(kind))
+    mixed = 0
+    for length, new in ((90, 4), (SINK + LOCAL - 2, 6)):
+        given = prompt(4, length, padding)
+        full = decide(twin, router, given)
+        assert margins(twin, router, given) > 1e-3, "another seed: this router nearly ties"
+        got = generate(made.model, given, new, cache == "static")
+        record = fluxcompile.routes(made.model)
+        assert record.fa.tolist() == full.tolist()
+        assert record.layer_names == tuple(router.layer_names)
+        assert_follows(twin, got, given, definition_of(full, router.config))
+        mixed += sum(0 < int(column.sum()) < len(column) for column in full.T)
+    assert mixed > 0, "another seed: no layer has rows of both kinds"
+
+
+def test_dense_decode():
+    made, twin, router = routed("llama", reading("llama"), decode="dense")
+    given = prompt(4, 63, "left")
+    got = generate(made.model, given, 4)
+    full = decide(twin, router, given)
+    assert fluxcompile.routes(made.model).fa.tolist() == full.tolist()
+    assert_follows(twin, got, given, definition_of(full, router.config, dense_from=63))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padded_rows_decide_as_alone(padding):
+    made, twin, router = routed("qwen3", reading("qwen3"))
+    given = prompt(4, 61, padding)
+    with torch.no_grad():
+        made.model(input_ids=given.ids, attention_mask=given.mask, position_ids=given.positions)
+    together = fluxcompile.routes(made.model).fa.clone()
+    for row in range(4):
+        alone: Prompt = given.row(row)
+        forward(made.model, alone)
+        assert fluxcompile.routes(made.model).fa.tolist() == [together[row].tolist()]
+        assert decide(twin, router, alone).tolist() == [together[row].tolist()]
+
+
+@pytest.mark.parametrize(
+    "lengths", [(1, 7, 8, 20, 21), pytest.param(range(1, 26), marks=pytest.mark.slow)], ids=str
+)
+def test_short_prompts_pool_what_there_is(lengths):
+    """Around 2 * pool_size = 8 and sink + local = 20: pooled once, decided, and kept."""
+    made, twin, router = routed("llama", reading("llama"))
+    for length in lengths:
+        given = prompt(3, length, "left")
+        got = generate(made.model, given, 3)
+        full = decide(twin, router, given)
+        assert fluxcompile.routes(made.model).fa.tolist() == full.tolist()
+        assert_follows(twin, got, given, definition_of(full, router.config))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_logits_without_a_mask(use_cache):
+    made, twin, router = routed("llama", reading("llama"))
+    given = prompt(4, 63, "none")
+    got = forward(made.model, given, use_cache=use_cache)
+    full = decide(twin, router, given)
+    assert fluxcompile.routes(made.model).fa.tolist() == full.tolist()
+    expected = routed_logits(twin, definition_of(full, router.config), given.ids)
+    assert_logits(got, expected, given.valid)
+
+
+def test_all_full_is_the_unrouted_compile_bit_for_bit():
+    made, _, _ = routed("llama", lambda m, c: forced_router(m, True, c))
+    given = prompt(2, 63, "left")
+    with_router = forward(made.model, given)
+    plain = tiny_model("llama")
+    compiled(plain, routes="full")
+    assert torch.equal(with_router, forward(plain, given))
+
+
+def test_untrained_router_is_eager():
+    model = tiny_model("mistral")
+    given = prompt(2, 63, "left")
+    expected = forward(model, given)
+    fluxcompile.attach(model, fluxcompile.FluxRouter.from_model(model, flux_config()))
+    compiled(model)
+    assert_logits(forward(model, given), expected, given.valid)
+    assert fluxcompile.routes(model).omega == 0.0
+    eager(model)
+
+
+def test_router_option_without_attach():
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    router = random_router(model)
+    compiled(model, router=router, strict=True)
+    given = prompt(4, 63, "left")
+    got = generate(model, given, 3)
+    full = decide(twin, router, given)
+    assert fluxcompile.routes(model).fa.tolist() == full.tolist()
+    assert_follows(twin, got, given, definition_of(full, router.config))
