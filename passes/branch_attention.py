@@ -37,11 +37,14 @@ def branch_attention(
         if site.skip is not None:
             site.became = "left alone"
             continue
+        output = site.output
         try:
-            _rewrite(site, plan, emitter, masks, routes)
+            replacement = _rewrite(site, plan, emitter, masks, routes)
         except UnknownSize as problem:
             site.skip = Skip(SkipReason.MASK_UNREADABLE, f"size {problem} is not an input")
             site.became = "left alone"
+        else:
+            _redirect(sites, output, replacement)
     gm.graph.lint()
     gm.recompile()
     return routes
@@ -53,7 +56,7 @@ def _rewrite(
     emitter: Emitter,
     masks: MaskOperandCache,
     routes: RouteSource,
-) -> None:
+) -> fx.Node:
     policy = _policy(site, plan)
     if site.is_decode:
         result = _decode(site, policy, plan, emitter, masks, routes)
@@ -66,6 +69,15 @@ def _rewrite(
     replacement.meta = dict(site.output.meta)
     site.output.replace_all_uses_with(replacement)
     erase_dead(site.output)
+    return replacement
+
+
+def _redirect(sites: list[AttentionSite], old: fx.Node, new: fx.Node) -> None:
+    """An attention may read another one's output directly."""
+    for site in sites:
+        for role in ("q", "k", "v", "query_tap"):
+            if getattr(site, role) is old:
+                setattr(site, role, new)
 
 
 def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:

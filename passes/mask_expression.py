@@ -199,6 +199,8 @@ class MaskExpression:
         if value.dtype not in _INTEGERS:
             raise UnreadableMask(f"'{op_name(node)}' ({node.name}) is {value.dtype}, expected int")
         self._require_unchanged(node)
+        if value.dim() == 0 and changes_of(node):
+            return self._scalar(node)  # what it was made of is not what it is when it is read
         if (step := self._view(node, index)) is not None:
             return self._integer(*step)
         name = op_name(node)
