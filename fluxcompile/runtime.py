@@ -22,10 +22,15 @@ from fluxcompile.route_record import Routes, record_routes
 
 @dataclass(frozen=True, eq=False)
 class KeptRoutes:
-    """Routes of one cache: bool ``[B, len(layers)]``, True for full attention."""
+    """Routes of one cache: bool ``[B, len(layers)]``, True for full attention.
+
+    ``version`` is that of the key tensor when they were kept: a static buffer that somebody else
+    has written since is the same object with other tokens in it.
+    """
 
     layers: tuple[int, ...]
     full: torch.Tensor
+    version: int | None = None
 
     def for_layers(self, layers: tuple[int, ...], batch: int) -> torch.Tensor | None:
         """The columns of ``layers``; full attention where a layer is new; None on a mismatch."""
@@ -95,6 +100,8 @@ class CompiledGraph:
     def _incoming(self, inputs: Sequence[Any]) -> torch.Tensor:
         key = inputs[self._io.past_key]
         kept = _routes_of_cache.get(key)
+        if kept is not None and kept.version != _version_of(key):
+            kept = None
         routes = kept.for_layers(self._io.layers, key.shape[0]) if kept is not None else None
         if routes is None:
             if not (self._io.decides and self._io.past_key is not None):
@@ -122,7 +129,7 @@ class CompiledGraph:
         elif io.past_key is not None:
             carrier = inputs[io.past_key]
         if carrier is not None:
-            _routes_of_cache[carrier] = KeptRoutes(io.layers, routes)
+            _routes_of_cache[carrier] = KeptRoutes(io.layers, routes, _version_of(carrier))
         if io.decides and io.model_key is not None:
             record_routes(inputs[io.model_key], Routes(routes, io.layer_names))
 
@@ -133,3 +140,8 @@ class CompiledGraph:
         position, axis = io.batch_input
         routes = torch.tensor([io.static]).expand(inputs[position].shape[axis], -1)
         record_routes(inputs[io.model_key], Routes(routes, io.layer_names))
+
+
+def _version_of(tensor: torch.Tensor) -> int | None:
+    """How often ``tensor`` was written in place; inference tensors do not count."""
+    return None if tensor.is_inference() else tensor._version
