@@ -10,6 +10,7 @@ input is the rotary embedding, and the dominator above it is the query the route
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ from fluxcompile.passes.views import permutation
 _ROOT = "root"
 #: ways to reorder axes that are not followed
 _OTHER_MOVES = {"movedim", "moveaxis", "swapdims", "t", "einsum", "flip", "roll", "getattr"}
+#: what may stand between the query and the two halves, or pairs, that are rotated
+_TAKES_APART = {
+    *("chunk", "split", "tensor_split", "unbind", "view", "reshape", "unflatten", "unsqueeze"),
+    *("getitem", "view_as_complex", "float", "to", "contiguous"),
+}
 _SAME_AXES_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
@@ -103,7 +109,25 @@ def _query_before_rotary(query: fx.Node, roles: _Roles) -> fx.Node:
         if any(roles.position_inputs(inner) for inner in _region(flow, dominator, node)):
             tap = dominator
         node = dominator
-    return tap
+    return _whole(tap, query)
+
+
+def _whole(tap: fx.Node, query: fx.Node) -> fx.Node:
+    """Undo how rotary embedding takes the query apart: into halves, pairs or complex numbers."""
+    node = tap
+    while not _as_large(node, query):
+        if op_name(node) not in _TAKES_APART or not isinstance(node.args[0], fx.Node):
+            return tap
+        node = node.args[0]
+    return node
+
+
+def _as_large(node: fx.Node, query: fx.Node) -> bool:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.is_complex():
+        return False
+    sizes = (math.prod(map(hint, value_of(x).shape)) for x in (node, query))
+    return len(set(sizes)) == 1
 
 
 def _dataflow(query: fx.Node, roles: _Roles) -> nx.DiGraph:
