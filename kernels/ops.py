@@ -17,43 +17,16 @@ Every result is contiguous and in q's dtype; softmax runs in fp32; a query that 
 key gives zeros. Operands that an operator cannot serve raise :class:`KernelError`.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fluxcompile.errors import KernelError
 from fluxcompile.kernels import validation
 from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.masks import key_masks
+from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
-
-_LIBRARY = torch.library.Library("flux", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-
-_MASK = "Tensor? bounds, Tensor? key_valid, Tensor? flags, Tensor? dense_mask, Tensor? q_start"
-_LIBRARY.define("mask_bounds(Tensor key_valid) -> (Tensor bounds, Tensor flags)", tags=_TAGS)
-_LIBRARY.define(
-    "read_mask(Tensor mask, Tensor q_start) -> (Tensor key_valid, Tensor bounds, Tensor flags)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    f"full_attention(Tensor q, Tensor k, Tensor v, {_MASK}, "
-    "int window, float scale, float softcap) -> Tensor",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    f"streaming_attention(Tensor q, Tensor k, Tensor v, {_MASK}, Tensor? route, "
-    "int sink, int local, int window, float scale, float softcap) -> Tensor",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor bounds4, Tensor? key_valid, "
-    "Tensor? route, float scale, float softcap) -> Tensor",
-    tags=_TAGS,
-)
 
 
 def mask_bounds(key_valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,75 +158,45 @@ def _read_mask_fake(mask, q_start):
     return key_valid, *_mask_bounds_fake(key_valid)
 
 
-def _attention_fake(q, *operands):
-    batch, heads, queries, head_dim = q.shape
-    return q.new_empty((batch, queries, heads, head_dim))
-
-
-def _checked(check: Callable, implementation: Callable) -> Callable:
-    """``implementation`` behind ``check``, both taking the operator's arguments."""
-
-    def kernel(*operands):
-        check(*operands)
-        return implementation(*operands)
-
-    return kernel
-
-
-def _no_autograd(name: str) -> Callable:
-    """The op's Autograd kernel: an error under grad, otherwise straight to the device's kernel."""
-    op = getattr(torch.ops.flux, name).default
-
-    def kernel(keyset, *operands):
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in operands
-        ):
-            raise KernelError.mismatch(
-                f"flux::{name} has no backward",
-                "operands that need no gradient, or torch.no_grad()",
-                "an operand that requires grad under grad mode",
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *operands)
-
-    return kernel
-
-
-# name: check, CPU, CUDA, fake
-_IMPLEMENTATIONS = {
-    "mask_bounds": (
-        validation.check_key_valid,
-        key_masks.mask_bounds,
-        key_masks.mask_bounds,
-        _mask_bounds_fake,
-    ),
-    "read_mask": (
-        validation.check_mask,
-        key_masks.read_mask,
-        key_masks.read_mask,
-        _read_mask_fake,
-    ),
-    "full_attention": (
-        validation.check_full,
-        streaming_cpu.full_attention,
-        streaming_cuda.full_attention,
-        _attention_fake,
-    ),
-    "streaming_attention": (
-        validation.check_streaming,
-        streaming_cpu.streaming_attention,
-        streaming_cuda.streaming_attention,
-        _attention_fake,
-    ),
-    "decode_attention": (
-        validation.check_decode,
-        decode_cpu.decode_attention,
-        _decode_attention_cuda,
-        _attention_fake,
-    ),
-}
-for _name, (_check, _cpu, _cuda, _fake) in _IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _checked(_check, _cpu), "CPU")
-    _LIBRARY.impl(_name, _checked(_check, _cuda), "CUDA")
-    _LIBRARY.impl(_name, _no_autograd(_name), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"flux::{_name}", _checked(_check, _fake), lib=_LIBRARY)
+register(
+    "mask_bounds",
+    "(Tensor key_valid) -> (Tensor bounds, Tensor flags)",
+    check=validation.check_key_valid,
+    cpu=key_masks.mask_bounds,
+    cuda=key_masks.mask_bounds,
+    fake=_mask_bounds_fake,
+)
+register(
+    "read_mask",
+    "(Tensor mask, Tensor q_start) -> (Tensor key_valid, Tensor bounds, Tensor flags)",
+    check=validation.check_mask,
+    cpu=key_masks.read_mask,
+    cuda=key_masks.read_mask,
+    fake=_read_mask_fake,
+)
+register(
+    "full_attention",
+    f"(Tensor q, Tensor k, Tensor v, {KEY_MASK}, int window, float scale, float softcap) -> Tensor",
+    check=validation.check_full,
+    cpu=streaming_cpu.full_attention,
+    cuda=streaming_cuda.full_attention,
+    fake=attention_fake,
+)
+register(
+    "streaming_attention",
+    f"(Tensor q, Tensor k, Tensor v, {KEY_MASK}, Tensor? route, "
+    "int sink, int local, int window, float scale, float softcap) -> Tensor",
+    check=validation.check_streaming,
+    cpu=streaming_cpu.streaming_attention,
+    cuda=streaming_cuda.streaming_attention,
+    fake=attention_fake,
+)
+register(
+    "decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor bounds4, Tensor? key_valid, "
+    "Tensor? route, float scale, float softcap) -> Tensor",
+    check=validation.check_decode,
+    cpu=decode_cpu.decode_attention,
+    cuda=_decode_attention_cuda,
+    fake=attention_fake,
+)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcompile.kernels.block import attend
-from fluxcompile.kernels.streaming.blockwise import masked_attention, ranked_attention
+from fluxcompile.kernels.blockwise import masked_attention, ranked_attention
 from fluxcompile.kernels.validation import check_readable
 
 # Queries a block. A sparse block reads sink + local + block keys, so a small block wastes least;

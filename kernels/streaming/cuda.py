@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from fluxcompile.kernels.blockwise import masked_attention, ranked_attention
 from fluxcompile.kernels.dispatch import triton_module
-from fluxcompile.kernels.streaming.blockwise import masked_attention, ranked_attention
 from fluxcompile.kernels.validation import check_readable
 
 

@@ -103,8 +103,8 @@ def test_unreadable_mask_is_applied_as_it_is(op, rows):
 
 def test_no_quadratic_buffer(monkeypatch):
     """Masks are built for a block of queries at a time, in every path."""
-    from fluxcompile.kernels import block
-    from fluxcompile.kernels.streaming import blockwise, cpu
+    from fluxcompile.kernels import block, blockwise
+    from fluxcompile.kernels.streaming import cpu
 
     sizes = []
 
