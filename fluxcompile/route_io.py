@@ -93,10 +93,12 @@ def _carrier(gm: fx.GraphModule, sites: list[AttentionSite]) -> int | None:
     output = next(iter(reversed(gm.graph.nodes)))
     for site in sites:
         for position, node in enumerate(output.args[0]):
-            if node is site.k or _slice_of(node, site.k):
+            if not isinstance(node, fx.Node):
+                continue
+            if node in (site.k, site.key_buffer) or _slice_of(node, site.k):
                 return position
     return None
 
 
-def _slice_of(node: Any, key: fx.Node) -> bool:
-    return isinstance(node, fx.Node) and op_name(node) == "getitem" and node.args[0] is key
+def _slice_of(node: fx.Node, key: fx.Node) -> bool:
+    return op_name(node) == "getitem" and node.args[0] is key

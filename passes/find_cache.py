@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from fluxcompile.passes.graph_util import argument, is_tensor, op_name, value_of
+from fluxcompile.passes.graph_util import argument, is_tensor, op_name, same_size, value_of
 from fluxcompile.passes.site import AttentionSite, CacheKind
+from fluxcompile.passes.views import index_symbols, upstream
 
 _ALLOCATES = {"zeros", "empty", "new_zeros", "new_empty", "zeros_like", "empty_like", "full"}
 
@@ -24,7 +25,7 @@ def _classify(site: AttentionSite) -> None:
         if len(parts) == 2 and is_tensor(parts[0]) and axis in (2, -2):
             _classify_concatenation(site, parts[0])
             return
-    writes = [user for user in key.users if op_name(user) == "index_copy_" and user < site.output]
+    writes = _writes(key, site)
     if writes:
         site.write_positions = writes[-1].args[2]
         if key.op == "placeholder":
@@ -34,8 +35,31 @@ def _classify(site: AttentionSite) -> None:
         else:
             site.cache = CacheKind.UNKNOWN
         return
-    if key.op == "placeholder" or _reads_input_cache(site):
+    if (buffer := _buffer_read_from_start(site)) is not None:
+        site.cache, site.key_buffer = CacheKind.STATIC_NEW, buffer
+        site.past_key = buffer if buffer.op == "placeholder" else None
+    elif key.op == "placeholder" or _reads_input_cache(site):
         site.cache = CacheKind.UNKNOWN
+
+
+def _writes(key: fx.Node, site: AttentionSite) -> list[fx.Node]:
+    return [user for user in key.users if op_name(user) == "index_copy_" and user < site.output]
+
+
+def _buffer_read_from_start(site: AttentionSite) -> fx.Node | None:
+    """The static buffer whose first slots, as many as there are queries, are the keys.
+
+    So a prompt without padding is written into an empty cache: HF then drops the mask and reads no
+    further than the prompt.
+    """
+    if not same_size(site.q_shape[2], site.k_shape[2]):
+        return None
+    symbols = index_symbols(4)
+    for source, index in upstream(site.k, symbols):
+        held = source.op == "placeholder" or op_name(source) in _ALLOCATES
+        if held and len(index) == 4 and index[2] == symbols[2] and _writes(source, site):
+            return source
+    return None
 
 
 def _classify_concatenation(site: AttentionSite, past: fx.Node) -> None:

@@ -116,6 +116,8 @@ class AttentionSite:
     cache: CacheKind = CacheKind.NONE
     #: graph input that holds the past keys (dynamic) or the key buffer (static)
     past_key: fx.Node | None = None
+    #: the static key buffer, where the attention reads only a slice of it
+    key_buffer: fx.Node | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
     #: the router's layer, or the site's own order for static routes
