@@ -1,5 +1,7 @@
 """Under a router's control: what it decides, and what is computed then."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -68,8 +70,17 @@ def test_forced(full, cache):
         assert record.omega == (0.0 if full else 1.0)
 
 
-@pytest.mark.parametrize(("kind", "cache"), READABLE)
-@pytest.mark.parametrize("padding", ["left", pytest.param("right", marks=pytest.mark.slow)])
+def mixed_cases():
+    """Unpadded prompts too: HF then drops the mask and reads only the prompt's part of a buffer."""
+    made = []
+    for (kind, cache), padding in itertools.product(READABLE, ("left", "right", "ones")):
+        default = padding == "left" or (kind, cache, padding) == ("llama", "static", "ones")
+        marks = () if default else (pytest.mark.slow,)
+        made.append(pytest.param(kind, cache, padding, marks=marks))
+    return made
+
+
+@pytest.mark.parametrize(("kind", "cache", "padding"), mixed_cases())
 def test_mixed_rows(kind, cache, padding):
     """Rows of one batch decide for themselves, in prefill and in every decode step."""
     made, twin, router = routed(kind, reading(kind))

@@ -236,6 +236,22 @@ def test_static_cache_decides_anew_after_reset():
         talk.assert_is(twin, full, router.config)
 
 
+@torch.no_grad()
+def test_static_cache_of_unpadded_prompts_decides_anew():
+    """As above, by prompts without any mask, of which HF reads only their part of the buffer."""
+    made, twin, router = setting(strict=True)
+    cache = StaticCache(config=made.model.config, max_cache_len=128)
+    for given, full in unlike_prompts(twin, router) * 2:
+        cache.reset()
+        ids = given.ids
+        made.model(input_ids=ids, past_key_values=cache)
+        for _ in range(2):
+            ids = torch.cat((ids, prompt(1, 1, seed=ids.shape[1]).ids), dim=1)
+            logits = made.model(input_ids=ids[:, -1:], past_key_values=cache).logits
+        expected = routed_logits(twin, definition_of(full, router.config), ids, use_cache=False)
+        assert_logits(logits, expected[:, -1:], torch.ones(1, 1))
+
+
 def test_batch_size_may_change_between_prompts():
     made, twin, router = setting(strict=True)
     for batch in (1, 3, 2, 1):
