@@ -21,12 +21,22 @@ import torch
 from torch import Tensor
 
 from fluxcompile.kernels import validation
+from fluxcompile.kernels.block_sparse.op import block_sparse_attention
 from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.masks import key_masks
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
+
+__all__ = [
+    "block_sparse_attention",
+    "decode_attention",
+    "full_attention",
+    "mask_bounds",
+    "read_mask",
+    "streaming_attention",
+]
 
 
 def mask_bounds(key_valid: Tensor) -> tuple[Tensor, Tensor]:

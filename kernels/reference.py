@@ -49,7 +49,7 @@ def masked_attention(
     softcap: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Softmax attention over ``seen`` bool ``[B, Sq, Skv]``, with matmuls in ``dtype``.
+    """Softmax attention over ``seen`` bool ``[B, Sq, Skv]`` or ``[B, H|1, Sq, Skv]``.
 
     A query that sees nothing gives zeros, and keys that no query sees have no influence, whatever
     they hold.
@@ -65,13 +65,14 @@ def masked_attention(
         ``[B, Sq, H, D]`` in ``dtype``.
     """
     groups = q.shape[1] // k.shape[1]
-    used = seen.any(dim=1)[:, None, :, None]
+    seen = seen[:, None] if seen.dim() == 3 else seen
+    used = seen.any(dim=(1, 2))[:, None, :, None]
     q = q.to(dtype)
     k = k.masked_fill(~used, 0).to(dtype).repeat_interleave(groups, dim=1)
     v = v.masked_fill(~used, 0).to(dtype).repeat_interleave(groups, dim=1)
     scores = (q @ k.mT).to(torch.promote_types(dtype, torch.float32)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-    weights = weights.masked_fill(~seen[:, None], 0)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    weights = weights.masked_fill(~seen, 0)
     return (weights.to(dtype) @ v).transpose(1, 2).contiguous()

@@ -9,7 +9,7 @@ import torch
 from fluxcompile.errors import KernelError
 from fluxcompile.kernels import ops
 
-from . import cases
+from . import cases, sparse_cases
 
 MIXED = cases.named("mixed-left")
 FULL = cases.named("full-left")
@@ -43,7 +43,17 @@ def calls():
             flux.decode_attention.default,
             (*bare_step.operands[:4], None, None, 0.1, 0.0),
         ),
+        **{mode: sparse_call(mode) for mode in sparse_cases.MODES},
     }
+
+
+def sparse_call(mode):
+    """The operator of a sparse prefill and its arguments, in the schema's order."""
+    (case,) = sparse_cases.named(mode, "mixed-left")
+    x = sparse_cases.prefill(cases.at(case, queries=20, keys=20), torch.float32)
+    op = getattr(torch.ops.flux, f"{mode}_attention").default
+    options = [x.options[a.name] for a in op._schema.arguments if a.name in x.options]
+    return op, (x.q, x.k, x.v, *x.extra, *x.key_mask, x.route, *options)
 
 
 @pytest.mark.parametrize("call", calls(), ids=str)
@@ -114,6 +124,11 @@ def _bad_calls():
         operands = {"q": x.q, "k": x.k, "v": x.v, "bounds4": x.bounds4, "scale": 1.0}
         return lambda: ops.decode_attention(**operands | changes)
 
+    def sparse(mode, **changes):
+        op, args = sparse_call(mode)
+        named = {a.name: x for a, x in zip(op._schema.arguments, args, strict=True)}
+        return lambda: op(**named | changes)
+
     x = torch.randn
     return {
         "q rank": (full(q=x(4, 20, 64)), "q"),
@@ -141,6 +156,17 @@ def _bad_calls():
             lambda: ops.full_attention(*[x(1, 1, 2, 512)] * 3, scale=1.0),
             "head dim",
         ),
+        "block mask length": (
+            sparse("block_sparse", block_mask=torch.ones(3, 4, 2, 3, dtype=torch.bool)),
+            "block_mask",
+        ),
+        "block mask dtype": (sparse("block_sparse", block_mask=x(3, 4, 2, 2)), "block_mask"),
+        "block mask rank": (
+            sparse("block_sparse", block_mask=torch.ones(2, 2, dtype=torch.bool)),
+            "block_mask",
+        ),
+        "block": (sparse("block_sparse", block=48), "block"),
+        "sparse route": (sparse("block_sparse", route=torch.zeros(2)), "route"),
         "decode queries": (decode(q=x(2, 4, 2, 64)), "queries a row"),
         "decode bounds": (decode(bounds4=torch.zeros(2, 2, dtype=torch.int32)), "bounds4"),
         "decode route": (decode(route=torch.zeros(2)), "route"),
