@@ -25,6 +25,7 @@ from fluxcompile.kernels.block_sparse.op import block_sparse_attention
 from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.masks import key_masks
+from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
@@ -34,6 +35,7 @@ __all__ = [
     "decode_attention",
     "full_attention",
     "mask_bounds",
+    "power_attention",
     "read_mask",
     "streaming_attention",
 ]

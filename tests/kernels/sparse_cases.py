@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.block_sparse import reference as block_sparse_reference
+from fluxcompile.kernels.power import reference as power_reference
 
 from . import cases
 
@@ -45,7 +46,7 @@ BIG = (
     SparseCase("1000", 1000, 1000, block=64),
     SparseCase("mixed-1000", 1000, 1000, padding="both", block=128, **_MIXED),
 )
-MODES = ("block_sparse",)
+MODES = ("block_sparse", "power")
 
 
 def named(mode: str, *names: str) -> tuple[SparseCase, ...]:
@@ -106,9 +107,11 @@ class SparsePrefill(cases.Prefill):
 
 _OPTIONS = {
     "block_sparse": ("block",),
+    "power": ("sink", "local", "block"),
 }
 _REFERENCES = {
     "block_sparse": block_sparse_reference,
+    "power": power_reference,
 }
 
 
