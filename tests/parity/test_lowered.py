@@ -1,0 +1,70 @@
+"""The backend by its name, with real Inductor underneath: a few journeys from end to end."""
+
+import pytest
+
+import fluxcompile
+from tests.parity.decide import decide
+from tests.parity.harness import (
+    all_rows,
+    assert_follows,
+    assert_same_generation,
+    definition_of,
+    eager,
+    generate,
+)
+from tests.parity.models import flux_config, prompt, random_router, tiny_model
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_mixed_rows_under_a_router(lowering):
+    """Padding, rows that differ, growth, a second prompt; DynamicCache."""
+    model, twin = tiny_model("qwen3"), tiny_model("qwen3")
+    router = random_router(model)
+    fluxcompile.attach(model, router)
+    # dynamic: one graph of a prompt and one of a decode step, each tens of seconds of Inductor
+    model.compile(backend="flux", dynamic=True, options={"lowering": lowering, "strict": True})
+    for length in (63, 90):
+        given = prompt(4, length, "left")
+        full = decide(twin, router, given)
+        got = generate(model, given, 4)
+        assert fluxcompile.routes(model).fa.tolist() == full.tolist()
+        assert_follows(twin, got, given, definition_of(full, router.config))
+    eager(model)
+
+
+@pytest.mark.parametrize(
+    "lowering", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_static_cache_under_a_router(lowering):
+    """The buffer carries the routes though compiled code writes it in place; then a new prompt."""
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    router = random_router(model)
+    fluxcompile.attach(model, router)
+    model.compile(backend="flux", options={"lowering": lowering, "strict": True})
+    for seed in (0, 1):
+        given = prompt(4, 63, "left", seed=seed)
+        full = decide(twin, router, given)
+        got = generate(model, given, 4, static=True)
+        assert fluxcompile.routes(model).fa.tolist() == full.tolist()
+        assert_follows(twin, got, given, definition_of(full, router.config))
+    eager(model)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.slow
+def test_sliding_window_full(cache):
+    model, given = tiny_model("mistral"), prompt(3, 63, "right")
+    expected = generate(model, given, 4, cache == "static")
+    model.compile(backend="flux", options={"routes": "full"})
+    assert_same_generation(generate(model, given, 4, cache == "static"), expected)
+    eager(model)
+
+
+@pytest.mark.slow
+def test_static_pattern():
+    model, config, given = tiny_model("llama"), flux_config(), prompt(2, 63, "left")
+    options = {"routes": [0, 1], "config": config, "strict": True}
+    model.compile(backend="flux", options=options)
+    got = generate(model, given, 4)
+    assert_follows(tiny_model("llama"), got, given, definition_of(all_rows(2, (0, 1)), config))
+    eager(model)
