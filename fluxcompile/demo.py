@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 import fluxcompile
 from fluxcompile import smollm2
 from fluxcompile.errors import FluxError, OptionError
 from fluxcompile.generation import Generation, greedy
-from fluxcompile.long_prompt import LongPrompt, long_prompt
+from fluxcompile.long_prompt import long_prompt
 
 # The first token compiles the prefill graph, the second the decode graph, the third shows that
 # the decode graph is reused.
@@ -82,6 +81,9 @@ class DemoSettings:
         )
 
 
+# With symbolic lengths Dynamo makes every float attribute (a norm's epsilon) symbolic too, finds
+# that it cannot be, and traces each graph a second time. They never change here.
+@torch._dynamo.config.patch(specialize_float=True)
 def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     """Load, answer eagerly, compile, answer again, check. Prints everything as it goes.
 
@@ -90,68 +92,42 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     """
     console = console or Console()
     started = time.perf_counter()
-    model, prompt, tokenizer = _load(settings, console)
+    model, tokenizer, prompt = _load(settings, console)
     config = fluxcompile.FluxConfig(sink=smollm2.STATIC_SINK, local=smollm2.STATIC_LOCAL)
-    console.print(f"[bold]routes[/] {settings.route_note}")
 
-    answers: dict[str, Answer] = {}
+    def answer(label: str, max_new_tokens: int = settings.max_new_tokens) -> Generation:
+        with ticking(console, label, max_new_tokens) as tick:
+            return greedy(
+                model, prompt.input_ids, prompt.attention_mask, max_new_tokens, on_token=tick
+            )
 
-    def answer(name: str) -> Answer:
-        answers[name] = Answer.of(name, model, prompt, settings.max_new_tokens, console)
-        return answers[name]
-
-    answer("eager")
+    eager = answer("eager: reading and answering")
     options = {"routes": settings.routes, "lowering": settings.lowering}
     if settings.routes == "router":
-        if settings.router is None:
-            fluxcompile.attach(model, fluxcompile.FluxRouter.from_model(model, config))
-        else:
-            fluxcompile.attach(model, settings.router)
+        router = settings.router or fluxcompile.FluxRouter.from_model(model, config)
+        config = fluxcompile.attach(model, router).router.config
     else:
         options["config"] = config
     compile_flux(model, options)
-    answer("flux")
-    console.print(layer_table(fluxcompile.routes(model)))
+    warm_up = answer("flux: compiling prefill, then decode", WARM_UP_TOKENS)
+    flux = answer("flux: reading and answering")
+    compile_seconds = warm_up.total - flux.seconds_for(WARM_UP_TOKENS)
+    routes = fluxcompile.routes(model)
 
     # Equality does not depend on what lowers the graph, so the cheapest lowering checks it.
     compile_flux(model, {"routes": "full", "lowering": "eager"})
-    answer("flux, all full")
+    pinned = answer("routes pinned to full: compiling, reading and answering")
 
-    console.print(times_table(answers.values(), tokenizer, prompt))
-    agreed = _print_agreement(answers, settings, console)
+    if routes is not None:
+        console.print(layer_table(routes, config, prompt.length))
+    for name, generation in (("eager", eager), ("flux", flux)):
+        text = tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+        found = "[green]found[/]" if prompt.answered_by(text) else "[red]not found[/]"
+        console.print(f"[bold]{name:<6}[/] {found}: {text}")
+    console.print(times_table(eager, flux, compile_seconds))
+    agreed = _print_agreement(eager, pinned, console)
     console.print(f"[dim]the whole demo: {time.perf_counter() - started:.0f} s[/]")
     return agreed or settings.dtype != torch.float32
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One way of running the model: its generation, and the seconds compiling came on top."""
-
-    name: str
-    generation: Generation
-    compile_seconds: float | None
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        model: PreTrainedModel,
-        prompt: LongPrompt,
-        max_new_tokens: int,
-        console: Console,
-    ) -> Self:
-        """Generate once; where the model is compiled, after a short run that compiles it."""
-        compile_seconds = None
-        if model._compiled_call_impl is not None:
-            with ticking(console, f"{name}: compiling prefill", WARM_UP_TOKENS) as tick:
-                first = _generate(model, prompt, WARM_UP_TOKENS, tick, f"{name}: compiling decode")
-            compile_seconds = first.total
-        with ticking(console, f"{name}: reading the prompt", max_new_tokens) as tick:
-            generation = _generate(model, prompt, max_new_tokens, tick, f"{name}: answering")
-        if compile_seconds is not None:
-            steps = WARM_UP_TOKENS - 1
-            compile_seconds -= generation.prefill + steps * generation.decode_per_token
-        return cls(name, generation, compile_seconds)
 
 
 def compile_flux(model: PreTrainedModel, options: dict) -> None:
@@ -164,64 +140,45 @@ def compile_flux(model: PreTrainedModel, options: dict) -> None:
     model.compile(backend="flux", dynamic=True, options=options)
 
 
-def layer_table(routes: fluxcompile.Routes) -> Table:
-    """One line an attention layer of the last prompt's first row."""
+def layer_table(routes: fluxcompile.Routes, config: fluxcompile.FluxConfig, length: int) -> Table:
+    """One line an attention layer: the route of the first row of the batch of the last prompt."""
     table = Table(title=f"{len(routes.layer_names)} layers, Ω = {routes.omega:.2f} of them sparse")
     table.add_column("layer")
     table.add_column("route")
+    table.add_column("keys the last token reads", justify="right")
+    sparse_keys = min(length, config.sink + config.local)
     for name, full in zip(routes.layer_names, routes.fa[0].tolist(), strict=True):
-        table.add_row(name, "[bold]full[/]" if full else "[cyan]sparse[/]")
+        route = "[bold]full[/]" if full else "[cyan]sparse[/]"
+        table.add_row(name, route, str(length if full else sparse_keys))
     return table
 
 
-def times_table(answers, tokenizer, prompt: LongPrompt) -> Table:
-    """Times and answers, a line a way of running."""
-    table = Table(title=f"a prompt of {prompt.length} tokens, the fact at token {prompt.fact_at}")
-    for header, justify in (
-        ("", "left"),
-        ("compile s", "right"),
-        ("prefill s", "right"),
-        ("decode ms/token", "right"),
-        ("new tokens", "right"),
-        ("found", "center"),
-        ("answer", "left"),
-    ):
-        table.add_column(header, justify=justify)
-    for answer in answers:
-        run = answer.generation
-        text = tokenizer.decode(run.tokens, skip_special_tokens=True).strip()
+def times_table(eager: Generation, flux: Generation, compile_seconds: float) -> Table:
+    """Eager beside flux; compiling stands apart, as it happens once."""
+    table = Table(title="greedy generation, batch 1")
+    for header in ("", "compile s", "prefill s", "decode ms/token", "new tokens"):
+        table.add_column(header, justify="right" if header else "left")
+    for name, run, compiling in (("eager", eager, None), ("flux", flux, compile_seconds)):
         table.add_row(
-            answer.name,
-            "—" if answer.compile_seconds is None else f"{answer.compile_seconds:.1f}",
+            name,
+            "—" if compiling is None else f"{compiling:.1f}",
             f"{run.prefill:.2f}",
             f"{1000 * run.decode_per_token:.0f}",
             str(len(run.tokens)),
-            "[green]✓[/]" if prompt.answered_by(text) else "[red]✗[/]",
-            text,
         )
     return table
 
 
 @contextmanager
-def ticking(console: Console, label: str, total: int) -> Iterator:
-    """A progress bar whose clock goes on while one long call runs; yields an update function."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-    )
+def ticking(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar whose clock goes on while one long call runs; yields its setter."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
-
-        def update(done: int, description: str) -> None:
-            progress.update(task, completed=done, description=description)
-
-        yield update
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _load(settings: DemoSettings, console: Console):
-    transformers_logging.disable_progress_bar()
     with ticking(console, "loading SmolLM2-135M-Instruct", 1):
         model, tokenizer = smollm2.load(settings.device, settings.dtype)
         prompt = long_prompt(tokenizer, settings.tokens).to(settings.device)
@@ -232,30 +189,20 @@ def _load(settings: DemoSettings, console: Console):
         f"lowered by {settings.lowering}"
     )
     console.print(
-        f"[bold]prompt[/] {prompt.length} tokens of Python's help texts, one fact hidden at token "
+        f"[bold]prompt[/] {prompt.length} tokens of Python's help text, one fact hidden at token "
         f"{prompt.fact_at}"
     )
-    return model, prompt, tokenizer
+    console.print(f"[bold]routes[/] {settings.route_note}")
+    return model, tokenizer, prompt
 
 
-def _generate(model, prompt: LongPrompt, max_new_tokens: int, tick, description: str) -> Generation:
-    return greedy(
-        model,
-        prompt.input_ids,
-        prompt.attention_mask,
-        max_new_tokens,
-        on_token=lambda done: tick(done, description),
-    )
-
-
-def _print_agreement(answers: dict[str, Answer], settings: DemoSettings, console: Console) -> bool:
-    expected = answers["eager"].generation.tokens
-    got = answers["flux, all full"].generation.tokens
-    if got == expected:
+def _print_agreement(eager: Generation, pinned: Generation, console: Console) -> bool:
+    if pinned.tokens == eager.tokens:
         console.print("routes pinned to full: [green]the same text as eager[/]")
         return True
-    pairs = enumerate(zip(expected, got, strict=False))
-    first = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(got)))
+    pairs = enumerate(zip(eager.tokens, pinned.tokens, strict=False))
+    shorter = min(len(eager.tokens), len(pinned.tokens))
+    first = next((i for i, (a, b) in pairs if a != b), shorter)
     console.print(f"routes pinned to full: [red]differs from eager[/] at new token {first}")
     return False
 

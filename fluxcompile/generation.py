@@ -27,6 +27,10 @@ class Generation:
         steps = len(self.tokens) - 1
         return self.decode / steps if steps else float("nan")
 
+    def seconds_for(self, tokens: int) -> float:
+        """What a run of ``tokens`` new tokens takes at this pace."""
+        return self.prefill + (tokens - 1) * self.decode_per_token
+
 
 class TokenClock(BaseStreamer):
     """Notes when each token of a batch of one arrives.

