@@ -44,7 +44,8 @@ class MaskOperandCache:
         self._starts: dict[tuple, fx.Node] = {}
 
     def prefill(self, site: AttentionSite) -> MaskOperands:
-        key = (site.mask, as_expr(site.q_shape[2]), as_expr(site.k_shape[2]))
+        sizes = site.q_shape[0], site.q_shape[2], site.k_shape[2]
+        key = (site.mask, *map(as_expr, sizes))
         if key not in self._prefill:
             self._prefill[key] = self._emit_prefill(site)
         return self._prefill[key]
@@ -57,7 +58,8 @@ class MaskOperandCache:
         # A given mask row says by itself which keys its one query sees.
         q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
         window = site.mask.window if isinstance(site.mask, CausalMask) else 0
-        key = (valid, q_start, sink, local, window, sparse, as_expr(site.k_shape[2]))
+        sizes = as_expr(site.q_shape[0]), as_expr(site.k_shape[2])
+        key = (valid, q_start, sink, local, window, sparse, *sizes)
         if key not in self._decode:
             dropped = self._dropped(site) if sparse and window else None
             with self._emitter.graph.inserting_before(site.output):
@@ -136,7 +138,7 @@ class MaskOperandCache:
         if isinstance(site.mask, GivenMask):
             if site.q_shape[2] != 1:
                 return None  # read_mask makes it
-            key: tuple = (site.mask.node,)
+            key: tuple = (site.mask.node, as_expr(site.q_shape[0]))
             if key not in self._valid:
                 with emitter.graph.inserting_before(site.output):
                     mask = self._batched(site.mask.node, site)
@@ -145,7 +147,8 @@ class MaskOperandCache:
             return self._valid[key]
         if site.mask.valid is None:
             return None
-        key = (site.mask.valid, site.mask.valid_offset, as_expr(site.k_shape[2]))
+        sizes = as_expr(site.q_shape[0]), as_expr(site.k_shape[2])
+        key = (site.mask.valid, site.mask.valid_offset, *sizes)
         if key not in self._valid:
             self._valid[key] = self._window_of_valid(site)
         return self._valid[key]
