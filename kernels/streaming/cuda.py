@@ -1,5 +1,9 @@
 """Full and streaming attention on CUDA: which implementation serves which operands."""
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 
@@ -43,7 +47,23 @@ def streaming_attention(
         )  # fmt: skip
     # All keys valid: the kernel then needs no bounds.
     ranges = None if flags is None or flags[2] else bounds
+    if ranges is None and q_start is None:
+        hopper = _hopper_module()
+        if hopper is not None and hopper.serves(q, k, v, softcap):
+            return hopper.attention(
+                q, k, v, route, sink=sink, local=local, window=window, scale=scale
+            )
     return triton_module("streaming").attention(
         q, k, v, ranges, q_start, route,
         sink=sink, local=local, window=window, scale=scale, softcap=softcap,
     )  # fmt: skip
+
+
+@functools.cache
+def _hopper_module() -> ModuleType | None:
+    """The warp-specialised kernel, or None where this Triton lacks the Gluon it is built on."""
+    triton_module("streaming")  # its absence is an error, not a reason to go without
+    try:
+        return importlib.import_module("fluxcompile.kernels.streaming.hopper")
+    except (ImportError, AttributeError):
+        return None

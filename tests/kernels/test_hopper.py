@@ -1,0 +1,106 @@
+"""The warp-specialised Hopper kernel: it compiles without a GPU, and is right on one."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+gluon = pytest.importorskip("triton.experimental.gluon")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from fluxcompile.kernels.streaming import hopper  # noqa: E402
+
+from . import cases  # noqa: E402
+
+SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
+
+#: all keys valid, and no softcap: what the kernel serves
+SERVED = tuple(
+    case
+    for case in cases.PREFILL + cases.BIG_PREFILL
+    if case.padding == "none" and case.q_start is None and not case.softcap
+)
+
+
+def compiled(head_dim, *, sparse, routed, windowed):
+    """The kernel's binary for ``cuda:90``."""
+    config = hopper.CONFIGS[head_dim, torch.bfloat16]
+    names = hopper.attention_kernel.arg_names
+
+    def descriptor(block):
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        return f"tensordesc<bf16{block},{layout!r}>"
+
+    keys = descriptor([1, 1, config.block_n, head_dim])
+    signature = dict.fromkeys(names, "constexpr") | {
+        "d_q": descriptor([1, 1, 64, head_dim]), "d_k": keys, "d_v": keys,
+        "d_out": descriptor([1, 64, 1, head_dim]), "p_route": "*u8", "score_scale": "fp32",
+        **dict.fromkeys(("n_batch", "n_queries", "n_keys", "sink", "local", "window"), "i32"),
+    }  # fmt: skip
+    constants = {
+        "HEADS": 32, "GROUP": 4, "BLOCK_M": 128, "BLOCK_N": config.block_n, "BLOCK_D": head_dim,
+        "STAGES": config.stages, "SPARSE": sparse, "HAS_ROUTE": routed, "HAS_WINDOW": windowed,
+    }  # fmt: skip
+    source = GluonASTSource(
+        hopper.attention_kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+    )
+    options = {"num_warps": 4, "maxnreg": hopper.REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("flags", ["dense", "streaming", "everything"])
+def test_compiles_for_hopper(head_dim, flags):
+    everything = flags == "everything"
+    binary = compiled(head_dim, sparse=flags != "dense", routed=everything, windowed=everything)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    for instruction in ("wgmma", "cp.async.bulk.tensor"):
+        assert instruction in binary.asm["ptx"]
+
+
+def check(case, dtype):
+    x = cases.prefill(case, dtype, "cuda")
+    assert hopper.serves(x.q, x.k, x.v, case.softcap)
+    out = hopper.attention(
+        x.q, x.k, x.v, x.route,
+        sink=case.sink, local=case.local, window=case.window, scale=x.scale,
+    )  # fmt: skip
+    cases.assert_within_bound(x, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name)
+@pytest.mark.parametrize("case", SERVED, ids=cases.name)
+def test_equals_definition(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mixed-none", "full-300", "chunk-full", "mixed-window-small"])
+def test_wide_heads(name):
+    check(cases.at(cases.named(name), head_dim=128), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", [None, (True, False)], ids=["streaming", "mixed"])
+def test_long_prompt(route):
+    case = cases.at(
+        cases.named("streaming-300"),
+        queries=5000, keys=5000, head_dim=128, heads=8, sink=128, local=2048, route=route,
+    )  # fmt: skip
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_refuses_what_it_cannot_serve():
+    q = torch.randn(1, 4, 128, 128, device="cuda", dtype=torch.bfloat16)
+    assert hopper.serves(q, q, q, 0.0)
+    assert not hopper.serves(q, q, q, 5.0)
+    assert not hopper.serves(q.float(), q.float(), q.float(), 0.0)
+    assert not hopper.serves(q[..., :96], q[..., :96], q[..., :96], 0.0)
+    repeated = q[:, :1].expand(1, 4, 128, 128)
+    assert not hopper.serves(q, repeated, q, 0.0)
