@@ -102,7 +102,8 @@ def record_all(
     graphs: list[Recorded] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(Recorded(gm, list(inputs), op_counts(gm)))
+        kept = [x if isinstance(x, torch.SymInt) else _fresh(x) for x in inputs]
+        graphs.append(Recorded(gm, kept, op_counts(gm)))
         return gm.forward
 
     torch._dynamo.reset()
