@@ -1,0 +1,99 @@
+"""The backend on a GPU, through Inductor, against eager and the reference on the CPU."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import fluxcompile
+from tests.parity.decide import decide
+from tests.parity.harness import (
+    Generated,
+    all_rows,
+    assert_follows,
+    assert_same_generation,
+    definition_of,
+    eager,
+    generate,
+)
+from tests.parity.models import Prompt, flux_config, prompt, random_router, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(given: Prompt) -> Prompt:
+    """The same prompt with its tensors on the GPU."""
+    return Prompt(given.ids.cuda(), None if given.mask is None else given.mask.cuda())
+
+
+def on_cpu(got: Generated) -> Generated:
+    return Generated(got.tokens.cpu(), got.logits.cpu())
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic-cache", "static-cache"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_full(kind, static):
+    model, given = tiny_model(kind), prompt(3, 63, "left")
+    expected = generate(model, given, 4, static)
+    model.cuda().compile(backend="flux", options={"routes": "full", "strict": True})
+    assert_same_generation(on_cpu(generate(model, on_gpu(given), 4, static)), expected)
+    eager(model)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic-cache", "static-cache"])
+def test_router_with_mixed_rows(static):
+    model, twin = tiny_model("qwen3").cuda(), tiny_model("qwen3")
+    router = random_router(twin)
+    fluxcompile.attach(model, router)
+    model.compile(backend="flux", dynamic=not static, options={"strict": True})
+    given = prompt(4, 90, "left")
+    full = decide(twin, router, given)
+    got = on_cpu(generate(model, on_gpu(given), 4, static))
+    assert fluxcompile.routes(model).fa.tolist() == full.tolist()
+    assert 0 < full.float().mean() < 1
+    assert_follows(twin, got, given, definition_of(full, router.config))
+    eager(model)
+
+
+@pytest.mark.parametrize("pattern", [(0, 0), (0, 1)], ids=["sparse", "mixed"])
+def test_static_pattern(pattern):
+    model, config = tiny_model("llama").cuda(), flux_config()
+    given = prompt(2, 300, "none")
+    model.compile(backend="flux", options={"routes": pattern, "config": config, "strict": True})
+    got = on_cpu(generate(model, on_gpu(given), 4))
+    reference = definition_of(all_rows(2, pattern), config)
+    assert_follows(tiny_model("llama"), got, given, reference)
+    eager(model)
+
+
+def test_half_precision_stays_near_full_precision():
+    """A bf16 prompt of 700 tokens: within twice of what bf16 costs eager."""
+    exact, model = tiny_model("llama").cuda(), tiny_model("llama").cuda().bfloat16()
+    given = on_gpu(prompt(2, 700, "left"))
+    keep = given.mask.bool()
+    with torch.no_grad():
+        expected = exact(input_ids=given.ids, attention_mask=given.mask).logits[keep]
+        eagerly = model(input_ids=given.ids, attention_mask=given.mask).logits[keep]
+        compiled = torch.compile(model, backend="flux", options={"routes": "full"})
+        got = compiled(input_ids=given.ids, attention_mask=given.mask).logits[keep]
+    bound = 2 * (eagerly.float() - expected).abs().max()
+    assert (got.float() - expected).abs().max() <= bound
+
+
+def test_decode_never_waits_for_the_device():
+    """A compiled decode step in a static cache, mixed rows: no host synchronisation."""
+    model = tiny_model("llama").cuda()
+    fluxcompile.attach(model, random_router(model).cuda())
+    compiled = torch.compile(model, backend="flux", options={"strict": True})
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    ids = on_gpu(prompt(4, 63, "none")).ids
+    with torch.no_grad():
+        compiled(input_ids=ids, past_key_values=cache)
+        token = ids[:, -1:]
+        for _ in range(3):
+            compiled(input_ids=token, past_key_values=cache)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compiled(input_ids=token, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
