@@ -52,6 +52,6 @@ def decode_bounds(
     else:
         # Ranks keep the order of indices, so "the first/last n valid keys" is an index range.
         seen = key_valid.to(torch.int32).cumsum(-1)
-        sink_end = (seen <= sinks[:, None]).sum(-1)
+        sink_end = torch.minimum((seen <= sinks[:, None]).sum(-1), end)
         local_start = (seen <= seen[:, -1:] - local).sum(-1)
     return torch.stack((low, sink_end, local_start, end), dim=1).to(torch.int32)
