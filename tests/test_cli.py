@@ -1,5 +1,6 @@
 """The command line, the demo's parts, and the demo itself on a short prompt."""
 
+import copy
 import importlib.util
 from importlib import metadata
 
@@ -197,22 +198,23 @@ needs_model = pytest.mark.skipif(
 SHORT = ("--tokens", "700", "--max-new-tokens", "4", "--lowering", "eager", "--device", "cpu")
 
 
+@pytest.fixture(scope="module")
+def first_layers():
+    """Three layers of the real model: its answers are nonsense, its tokens and shapes are not."""
+    model, tokenizer = smollm2.load()
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    return model, tokenizer
+
+
 @needs_model
-@pytest.mark.parametrize("routes", ["1,0,1", "router"])
-def test_demo_runs_and_agrees_with_eager(monkeypatch, routes):
-    """On the first three layers of the real model: the answers are nonsense, the run is not."""
-    load = smollm2.load
-
-    def first_layers(*arguments):
-        model, tokenizer = load(*arguments)
-        model.model.layers = model.model.layers[:3]
-        model.config.num_hidden_layers = 3
-        return model, tokenizer
-
-    monkeypatch.setattr(smollm2, "load", first_layers)
+@pytest.mark.parametrize(("routes", "omega"), [("1,0,1", "0.33"), ("router", "0.00")])
+def test_demo_runs_and_agrees_with_eager(monkeypatch, first_layers, routes, omega):
+    model, tokenizer = first_layers
+    monkeypatch.setattr(smollm2, "load", lambda *_: (copy.deepcopy(model), tokenizer))
     result = run("demo", *SHORT, "--routes", routes)
     assert result.exit_code == 0, result.output
-    assert ("Ω = 0.00" if routes == "router" else "Ω = 0.33") in result.output
+    assert f"Ω = {omega}" in result.output
     assert "the same text as eager" in result.output
     assert result.output.count("self_attn") == 3
 
