@@ -37,11 +37,13 @@ def ranked_attention(
     window: int,
     scale: float,
     softcap: float,
+    last: int = 0,
 ) -> Tensor:
     """Causal attention over ``key_valid`` with holes; distances of sparse rows count valid keys.
 
     Args:
         sink: None: every row is dense. For the rest see :mod:`fluxcompile.kernels.ops`.
+        last: queries at valid keys, at the end of each sparse row, that are dense all the same.
 
     Returns:
         ``[B, Sq, H, D]``.
@@ -52,17 +54,23 @@ def ranked_attention(
     k, v = k.masked_fill(invalid, 0), v.masked_fill(invalid, 0)
     index = torch.arange(keys, device=q.device)
     rank = key_valid.cumsum(-1, dtype=torch.int32) - 1
+    start = keys - queries if q_start is None else q_start
+    # Rank of each row's last query that sits at a valid key, or of the last valid key before it.
+    rank_last = rank[:, (torch.full((1,), queries - 1, device=q.device) + start).clamp(0, keys - 1)]
     out = _empty_output(q)
     for first in range(0, queries, _QUERIES):
         block = slice(first, first + _QUERIES)
         position = torch.arange(first, min(first + _QUERIES, queries), device=q.device)
-        position += keys - queries if q_start is None else q_start
+        position += start
         seen = key_valid[:, None, :] & (index <= position[:, None])
         if window:
             seen &= index > position[:, None] - window
         if sink is not None:
             rank_query = rank[:, position.clamp(0, keys - 1)]
             near = (rank[:, None, :] < sink) | (rank_query[:, :, None] - rank[:, None, :] < local)
+            if last:
+                dense = key_valid[:, position.clamp(0, keys - 1)] & (rank_query > rank_last - last)
+                near |= dense[:, :, None]
             seen &= near if route is None else near | route[:, None, None]
         rows = attend(q[:, :, block], k, v, seen[:, None], scale=scale, softcap=softcap)
         out[:, block] = rows.transpose(1, 2)

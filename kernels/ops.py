@@ -29,6 +29,7 @@ from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
+from fluxcompile.kernels.triangle.op import triangle_attention
 
 __all__ = [
     "block_sparse_attention",
@@ -38,6 +39,7 @@ __all__ = [
     "power_attention",
     "read_mask",
     "streaming_attention",
+    "triangle_attention",
 ]
 
 

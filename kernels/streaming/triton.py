@@ -8,8 +8,12 @@ queries' position and the row's route on the device, and walks up to four runs o
     full      unmasked    keys that every query of the block sees
     diagonal  masked      keys around and after the block's first query
 
-The masked runs share one loop. Scores live in base 2. Names: ``i_`` index, ``o_`` offsets,
-``m_`` mask, ``p_`` pointer, ``b_`` block, ``n_`` count; ``M`` queries, ``N`` keys, ``D`` head dim.
+The masked runs share one loop. Where the row's last queries are dense (triangle attention), a block
+of such queries walks the runs of a dense row; one that they share with sparse queries has no sink
+run and an edge run from the row's beginning. Scores live in base 2.
+
+Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, ``n_`` count; ``M``
+queries, ``N`` keys, ``D`` head dim.
 """
 
 from dataclasses import dataclass
@@ -55,9 +59,9 @@ CONFIGS = {
 @triton.jit
 def _attend_keys(
     b_out, b_max, b_sum, b_q, p_k, p_v, stride_ks, stride_vs, i_key, key_end,
-    o_position, start, last, sink, reach, window, score_scale, cap_scale, softcap,
+    o_position, start, last, sink, reach, dense_begin, window, score_scale, cap_scale, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, SPARSE: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over keys ``[i_key, i_key + N)``; below ``key_end`` if MASKED."""
@@ -88,7 +92,10 @@ def _attend_keys(
             m_seen &= o_key[None, :] > o_position[:, None] - window
         if SPARSE:
             m_near = o_key[None, :] > tl.minimum(o_position, last)[:, None] - reach
-            m_seen &= m_near | (o_key < start + sink)[None, :]
+            m_near |= (o_key < start + sink)[None, :]
+            if HAS_DENSE:
+                m_near |= ((o_position >= dense_begin) & (o_position <= last))[:, None]
+            m_seen &= m_near
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
     b_max_new = tl.maximum(b_max, tl.max(b_scores, 1) * score_scale)
     b_weights = tl.exp2(b_scores * score_scale - b_max_new[:, None])
@@ -100,17 +107,18 @@ def _attend_keys(
 
 
 @triton.jit(
-    do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "window"],
+    do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "n_dense", "window"],
 )
 def attention_kernel(
     p_q, p_k, p_v, p_out, p_bounds, p_q_start, p_route,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
-    n_batch, n_queries, n_keys, sink, local, window, score_scale, cap_scale, softcap,
+    n_batch, n_queries, n_keys, sink, local, n_dense, window, score_scale, cap_scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr, HAS_ROUTE: tl.constexpr,
-    SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SPARSE: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Attend from queries ``[i_block * M, (i_block + 1) * M)`` of one head of one row."""
     # Heads first, so that those that share KV run together; late blocks, the longest, before early.
@@ -149,10 +157,17 @@ def attention_kernel(
     sink_end = key_begin
     last = end - 1
     reach = local
+    dense_begin = end
     if SPARSE:
         if HAS_ROUTE:
             reach = tl.where(tl.load(p_route + i_batch) != 0, _UNLIMITED, local)
         near_begin = tl.minimum(low, last) - reach + 1
+        if HAS_DENSE:
+            dense_begin = tl.minimum(end, first + n_queries) - n_dense
+            any_dense = (high >= dense_begin) & (low < end)
+            near_begin = tl.where(any_dense, start, near_begin)
+            all_dense = (low >= dense_begin) & (high < end)
+            reach = tl.where(all_dense, _UNLIMITED, reach)
         near_full = tl.minimum(high, last) - reach + 1
         apart = near_begin > start + sink  # else one run of keys from the row's beginning
         sink_end = tl.where(apart, tl.minimum(start + sink, key_end), key_begin)
@@ -181,8 +196,9 @@ def attention_kernel(
         b_out, b_max, b_sum = _attend_keys(
             b_out, b_max, b_sum, b_q, p_k, p_v, stride_ks, stride_vs,
             i_full + i * BLOCK_N, key_end,
-            o_position, start, last, sink, reach, window, score_scale, cap_scale, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, SPARSE, HAS_WINDOW, HAS_SOFTCAP,
+            o_position, start, last, sink, reach, dense_begin, window,
+            score_scale, cap_scale, softcap,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, SPARSE, HAS_DENSE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
     for i in range(n_sink + n_edge + n_diagonal):
         i_after_sink = i - n_sink
@@ -193,8 +209,9 @@ def attention_kernel(
         b_out, b_max, b_sum = _attend_keys(
             b_out, b_max, b_sum, b_q, p_k, p_v, stride_ks, stride_vs,
             i_key, tl.where(i_after_sink < 0, sink_end, key_end),
-            o_position, start, last, sink, reach, window, score_scale, cap_scale, softcap,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, SPARSE, HAS_WINDOW, HAS_SOFTCAP,
+            o_position, start, last, sink, reach, dense_begin, window,
+            score_scale, cap_scale, softcap,
+            HEAD_DIM, BLOCK_D, BLOCK_N, True, SPARSE, HAS_DENSE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
 
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
@@ -216,6 +233,7 @@ def attention(
     window: int,
     scale: float,
     softcap: float,
+    last: int = 0,
     config: Config | None = None,
 ) -> Tensor:
     """Launch :func:`attention_kernel` without reading device data.
@@ -224,6 +242,7 @@ def attention(
         q: ``[B, H, Sq, D]``; for the other operands see :mod:`fluxcompile.kernels.ops`.
         bounds: None: every key is valid.
         sink: None: every row is dense.
+        last: queries at the end of each row's valid keys that are dense in sparse rows too.
         config: tile sizes; None: the ones of :data:`CONFIGS`.
 
     Returns:
@@ -244,12 +263,12 @@ def attention(
             q if q_start is None else q_start,
             q if route is None else route.contiguous().view(torch.uint8),
             *row_strides(q), *row_strides(k), *row_strides(v),
-            batch, queries, k.shape[2], sink or 0, local or 0, window,
+            batch, queries, k.shape[2], sink or 0, local or 0, last, window,
             *score_scales(scale, softcap), float(softcap),
             HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
-            HAS_ROUTE=route is not None, SPARSE=sink is not None,
+            HAS_ROUTE=route is not None, SPARSE=sink is not None, HAS_DENSE=last > 0,
             HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

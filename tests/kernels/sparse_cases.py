@@ -8,6 +8,7 @@ from torch import Tensor
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.block_sparse import reference as block_sparse_reference
 from fluxcompile.kernels.power import reference as power_reference
+from fluxcompile.kernels.triangle import reference as triangle_reference
 
 from . import cases
 
@@ -19,6 +20,7 @@ class SparseCase(cases.Case):
     mode: str = "block_sparse"
     sink: int = 8
     local: int = 40
+    last: int = 37
     block: int = 16
     shared: bool = False  # one block mask for all rows and heads
 
@@ -46,7 +48,7 @@ BIG = (
     SparseCase("1000", 1000, 1000, block=64),
     SparseCase("mixed-1000", 1000, 1000, padding="both", block=128, **_MIXED),
 )
-MODES = ("block_sparse", "power")
+MODES = ("block_sparse", "power", "triangle")
 
 
 def named(mode: str, *names: str) -> tuple[SparseCase, ...]:
@@ -108,10 +110,12 @@ class SparsePrefill(cases.Prefill):
 _OPTIONS = {
     "block_sparse": ("block",),
     "power": ("sink", "local", "block"),
+    "triangle": ("sink", "local", "last"),
 }
 _REFERENCES = {
     "block_sparse": block_sparse_reference,
     "power": power_reference,
+    "triangle": triangle_reference,
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process of its own.
+"""Runs interpreted.py and interpreted_sparse.py in processes of their own.
 
 Triton must be told to interpret before it is imported, and importing it anywhere in this process,
 as Inductor does, would settle the matter.
@@ -14,10 +14,17 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("kernel", ["prefill", "decode"])
+KERNELS = {
+    "prefill": "interpreted.py",
+    "decode": "interpreted.py",
+    "triangle": "interpreted_sparse.py",
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_through_the_interpreter(kernel):
     root = Path(__file__).parents[2]
-    file = Path(__file__).with_name("interpreted.py")
+    file = Path(__file__).with_name(KERNELS[kernel])
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kernel]
     run = subprocess.run(
