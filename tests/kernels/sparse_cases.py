@@ -22,6 +22,8 @@ class SparseCase(cases.Case):
     local: int = 40
     last: int = 37
     block: int = 16
+    stride: int = 4
+    threshold: float = 0.7
     shared: bool = False  # one block mask for all rows and heads
 
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from fluxcompile.kernels.block_sparse import triton as block_sparse_triton
+from fluxcompile.kernels.block_sparse.grid import query_offset
+from fluxcompile.kernels.power.op import block_mask as power_mask
 from fluxcompile.kernels.streaming import triton as streaming_triton
 
 from . import cases, sparse_cases
@@ -20,6 +23,29 @@ def _triangle(x: sparse_cases.SparsePrefill, config) -> Tensor:
     )
 
 
+def _block_sparse(x: sparse_cases.SparsePrefill, config) -> Tensor:
+    return _over_blocks(x, x.block_mask, config)
+
+
+def _power(x: sparse_cases.SparsePrefill, config) -> Tensor:
+    case = x.case
+    offset = query_offset(x.bounds, x.q_start, case.queries, case.keys, x.q.device)
+    mask = power_mask(
+        offset, case.queries, case.keys, sink=case.sink, local=case.local, block=case.block
+    )
+    return _over_blocks(x, mask, config)
+
+
+def _over_blocks(x: sparse_cases.SparsePrefill, mask: Tensor, config) -> Tensor:
+    case = x.case
+    return block_sparse_triton.attention(
+        x.q, x.k, x.v, mask, x.bounds, x.q_start, x.route,
+        block=case.block, window=case.window, scale=x.scale, softcap=case.softcap, config=config,
+    )  # fmt: skip
+
+
 _KERNELS = {
+    "block_sparse": _block_sparse,
+    "power": _power,
     "triangle": _triangle,
 }

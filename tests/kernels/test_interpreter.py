@@ -18,6 +18,7 @@ KERNELS = {
     "prefill": "interpreted.py",
     "decode": "interpreted.py",
     "triangle": "interpreted_sparse.py",
+    "block_sparse": "interpreted_sparse.py",
 }
 
 

@@ -1,0 +1,27 @@
+"""The sparse prefills' Triton kernels compile for Hopper and fit it; needs no GPU."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fluxcompile.kernels.block_sparse import triton as block_sparse_triton
+
+from .test_triton_compiles import SHARED_MEMORY, compiled, configurations
+
+HAS = ("HAS_BOUNDS", "HAS_Q_START", "HAS_WINDOW", "HAS_SOFTCAP")
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "element", "config"), configurations(block_sparse_triton.CONFIGS)
+)
+def test_block_sparse_compiles(head_dim, element, config, block):
+    config = config.within(block)
+    constants = {
+        "HEADS": 32, "GROUP": 4, "MASK_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_D": head_dim,
+        "BLOCK": block, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        **dict.fromkeys(HAS, block == 64),
+    }  # fmt: skip
+    binary = compiled(block_sparse_triton.attention_kernel, config, element, constants)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")
