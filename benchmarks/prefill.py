@@ -1,7 +1,7 @@
 """Prefill of a long prompt: eager, plain Inductor and flux, timed in one run.
 
     python benchmarks/prefill.py --lengths 32768 --json benchmarks/results/prefill.json
-    python benchmarks/prefill.py --lengths 8192 --peers eager flux flux-router   # router's cost
+    python benchmarks/prefill.py --lengths 8192 --router-pairs 20                # routers' cost
     python benchmarks/prefill.py --device cpu --tiny --lengths 512               # does it run?
 
 Random weights of Llama-3.1-8B's shape, batch 1, a mask of ones and an empty DynamicCache as
@@ -25,6 +25,7 @@ from common import (
     environment,
     forget_compiled,
     matmul_ceiling,
+    median_seconds,
     print_table,
     seconds,
     synchronise,
@@ -72,6 +73,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local", type=int, default=fluxcompile.FluxConfig().local)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--router-pairs",
+        type=int,
+        default=0,
+        help="time this many pairs of calls, without and with routers in turn: what routers cost",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--lowering", default="inductor", help="of the flux peers")
@@ -100,11 +107,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{key:>12}: {value}")
     print(f"{'matmul':>12}: {ceiling / 1e12:.1f} TFLOP/s in {record['dtype']}")
     for length in args.lengths:
-        results = Prefill(model, config, length, ceiling, args).run()
+        prefill = Prefill(model, config, length, ceiling, args)
+        results = prefill.run()
         title = f"prefill of {length} tokens, {shape}, {len(model.model.layers)} layers"
         print_table(title, [table_row(result, results) for result in results])
-        print_router_cost(results)
         record["results"] += [asdict(result) for result in results]
+        if args.router_pairs:
+            cost = prefill.router_cost(args.router_pairs)
+            record.setdefault("router_cost", {})[length] = cost
+            print(
+                f"all {prefill.layers} routers together, {length} tokens: {1000 * cost:+.2f} ms "
+                f"(median of {args.router_pairs} pairs)"
+            )
         write_json(args.json, record)
 
 
@@ -141,6 +155,30 @@ class Prefill:
             call = self.flux(routes=routes, config=self.config)
             results.append(self.time(f"flux Ω={omega:.2f}", call, routes))
         return results
+
+    @torch.no_grad()
+    def router_cost(self, pairs: int) -> float:
+        """Seconds that the routers add: the median difference of calls made in turn.
+
+        Clocks and power drift by more than routers cost, so peers timed one after the other do
+        not tell.
+        """
+        without = self.flux(routes="full")
+        self.last_logits(without)
+        router = fluxcompile.FluxRouter.from_model(self.model, self.config)
+        fluxcompile.attach(self.model, router.to(self.args.device))
+        routed = self.flux(routes="router")
+        differences = []
+        for turn in range(-2, pairs):
+            plain, with_router = (
+                median_seconds(lambda call=call: self.last_logits(call), 1, self.args.device)
+                for call in (without, routed)
+            )
+            if turn >= 0:  # the first turns warm up
+                differences.append(with_router - plain)
+        fluxcompile.detach(self.model)
+        forget_compiled(self.args.device)
+        return statistics.median(differences)
 
     def callable(self, peer: str) -> Callable:
         if peer == "eager":
@@ -232,14 +270,6 @@ def table_row(result: Result, results: list[Result]) -> dict[str, str]:
         "sites": number(result.sites, "d"),
         "error": number(result.error, ".1e"),
     }
-
-
-def print_router_cost(results: list[Result]) -> None:
-    """What all routers together add to the same compile without them."""
-    medians = {result.peer: result.median for result in results}
-    if {"flux", "flux-router"} <= medians.keys():
-        cost = medians["flux-router"] - medians["flux"]
-        print(f"all routers together: {1000 * cost:+.2f} ms over flux without them")
 
 
 if __name__ == "__main__":
