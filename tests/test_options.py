@@ -9,7 +9,8 @@ import fluxcompile
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, FluxWarning, KernelError, OptionError, RouterError
 from fluxcompile.options import CompileOptions
-from tests.router_models import random_router, tiny_llama
+from tests.passes.graphs import Stack, hidden
+from tests.router_models import random_router
 
 KNOWN = ["router", "config", "routes", "strict", "lowering", "inductor"]
 SMALL = {"sink": 2, "local": 4, "pool_size": 3}
@@ -18,24 +19,24 @@ SMALL = {"sink": 2, "local": 4, "pool_size": 3}
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return tiny_llama().requires_grad_(False)
+    return Stack().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
-def ids():
-    return torch.arange(24).reshape(2, 12)
+def x():
+    return hidden(length=12)
 
 
-def run(model, ids, mode=None, **options):
+def run(model, x, mode=None, **options):
     options = None if mode else {"lowering": "eager", **options}
     with torch.no_grad():
-        return torch.compile(model, backend="flux", mode=mode, options=options)(ids).logits
+        return torch.compile(model, backend="flux", mode=mode, options=options)(x)
 
 
-def refused(model, ids, error, **options):
+def refused(model, x, error, **options):
     """The user's error is inside the one that Dynamo raises for every backend."""
     with pytest.raises(BackendCompilerFailed) as caught:
-        run(model, ids, **options)
+        run(model, x, **options)
     assert type(caught.value.inner_exception) is error
     assert str(caught.value.inner_exception) in str(caught.value)
     return str(caught.value.inner_exception)
@@ -166,53 +167,53 @@ class TestCompile:
 
         assert torch._dynamo.lookup_backend("flux") is flux
 
-    def test_unknown_option(self, model, ids):
-        message = refused(model, ids, OptionError, sinks=3)
+    def test_unknown_option(self, model, x):
+        message = refused(model, x, OptionError, sinks=3)
         assert all(name in message for name in KNOWN)
 
-    def test_bad_values(self, model, ids):
-        refused(model, ids, OptionError, routes="none")
-        refused(model, ids, OptionError, lowering="tvm")
-        refused(model, ids, ConfigError, config={"sink": 0})
+    def test_bad_values(self, model, x):
+        refused(model, x, OptionError, routes="none")
+        refused(model, x, OptionError, lowering="tvm")
+        refused(model, x, ConfigError, config={"sink": 0})
 
-    def test_router_wanted_and_none_there(self, model, ids):
-        assert "router" in refused(model, ids, OptionError, routes="router")
+    def test_router_wanted_and_none_there(self, model, x):
+        assert "router" in refused(model, x, OptionError, routes="router")
 
-    def test_a_number_of_routes_that_is_not_the_layers(self, model, ids):
-        assert "expected 2 entries" in refused(model, ids, OptionError, routes=[0, 1, 1])
-        assert "expected 2 entries" in refused(model, ids, OptionError, routes=[0])
+    def test_a_number_of_routes_that_is_not_the_layers(self, model, x):
+        assert "expected 2 entries" in refused(model, x, OptionError, routes=[0, 1, 1])
+        assert "expected 2 entries" in refused(model, x, OptionError, routes=[0])
 
     @pytest.mark.parametrize("sparse", ["xattention", "triangle"])
-    def test_a_sparse_mode_without_kernels(self, model, ids, sparse):
+    def test_a_sparse_mode_without_kernels(self, model, x, sparse):
         from fluxcompile.planning import AVAILABLE
 
         if sparse in AVAILABLE:
             pytest.skip("has kernels")
         config = {"sparse": sparse}
-        assert sparse in refused(model, ids, KernelError, config=config, routes="sparse")
-        run(model, ids, config=config, routes="full")  # nothing sparse is asked for
+        assert sparse in refused(model, x, KernelError, config=config, routes="sparse")
+        run(model, x, config=config, routes="full")  # nothing sparse is asked for
 
     @pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
-    def test_lowerings(self, model, ids, lowering):
-        out = run(model, ids, lowering=lowering, routes="full")
-        torch.testing.assert_close(out, model(ids).logits, atol=2e-5, rtol=2e-5)
+    def test_lowerings(self, model, x, lowering):
+        out = run(model, x, lowering=lowering, routes="full")
+        torch.testing.assert_close(out, model(x), atol=2e-5, rtol=2e-5)
 
-    def test_routes_reach_the_graph(self, model, ids):
-        run(model, ids, routes=[1, 0], config=SMALL)
+    def test_routes_reach_the_graph(self, model, x):
+        run(model, x, routes=[1, 0], config=SMALL)
         assert fluxcompile.routes(model).fa.tolist() == [[True, False]] * 2
-        run(model, ids, routes=(0, 0), config=FluxConfig(**SMALL))
+        run(model, x, routes=(0, 0), config=FluxConfig(**SMALL))
         assert fluxcompile.routes(model).omega == 1.0
 
-    def test_the_router_s_config_is_the_default(self, model, ids):
-        router = random_router(head_dim=16, config=FluxConfig(sink=1, local=2))
-        rows = fluxcompile.explain(model, ids, options={"router": router}).rows
+    def test_the_router_s_config_is_the_default(self, model, x):
+        router = random_router(head_dim=8, config=FluxConfig(sink=1, local=2))
+        rows = fluxcompile.explain(model, x, options={"router": router}).rows
         assert {row.became for row in rows} == {"routed: full or streaming"}
         wide = {"router": router, "config": FluxConfig()}
-        rows = fluxcompile.explain(model, ids, options=wide).rows
+        rows = fluxcompile.explain(model, x, options=wide).rows
         assert {row.became for row in rows} == {"full (short enough to be equal)"}
 
-    def test_an_option_s_router_goes_before_the_attached_one(self, model, ids):
-        attached, given = random_router(head_dim=16), random_router(head_dim=16)
+    def test_an_option_s_router_goes_before_the_attached_one(self, model, x):
+        attached, given = random_router(head_dim=8), random_router(head_dim=8)
         with torch.no_grad():
             attached.layers.requires_grad_(False)
             for layers, bias in ((attached.layers, [9.0, 0.0]), (given.layers, [0.0, 9.0])):
@@ -221,26 +222,26 @@ class TestCompile:
                     layer.head[-1].bias.copy_(torch.tensor(bias))
         fluxcompile.attach(model, attached)
         try:
-            run(model, ids)
+            run(model, x)
             assert fluxcompile.routes(model).omega == 1.0
-            run(model, ids, router=given)
+            run(model, x, router=given)
             assert fluxcompile.routes(model).omega == 0.0
-            run(model, ids, routes="full")
+            run(model, x, routes="full")
             assert fluxcompile.routes(model).omega == 0.0
         finally:
             fluxcompile.detach(model)
 
-    def test_a_router_of_another_head_dim(self, model, ids):
-        message = refused(model, ids, RouterError, router=random_router(head_dim=4))
-        assert "16" in message
-        assert "4" in message
+    def test_a_router_of_another_head_dim(self, model, x):
+        message = refused(model, x, RouterError, router=random_router(head_dim=4))
+        assert "expected 8" in message
+        assert "got 4" in message
 
-    def test_unknown_mode(self, model, ids):
+    def test_unknown_mode(self, model, x):
         with pytest.raises(BackendCompilerFailed) as caught:
-            run(model, ids, mode="fastest")
+            run(model, x, mode="fastest")
         assert type(caught.value.inner_exception) is OptionError
 
-    def test_a_mode_is_handed_to_inductor(self, model, ids, monkeypatch):
+    def test_a_mode_is_handed_to_inductor(self, model, x, monkeypatch):
         """Hugging Face's own compile passes ``reduce-overhead``."""
         seen = {}
         monkeypatch.setattr("fluxcompile.backend._warned", set())
@@ -251,9 +252,9 @@ class TestCompile:
 
         monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
         with pytest.warns(FluxWarning, match="no router"):
-            run(model, ids, mode="reduce-overhead")
+            run(model, x, mode="reduce-overhead")
         assert seen["triton.cudagraphs"] is True
         seen.clear()
-        run(model, ids, routes="full", lowering="inductor", inductor={"max_autotune": True})
+        run(model, x, routes="full", lowering="inductor", inductor={"max_autotune": True})
         assert seen["max_autotune"] is True
         assert "triton.cudagraphs" not in seen
