@@ -30,6 +30,7 @@ from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
 from fluxcompile.kernels.triangle.op import triangle_attention
+from fluxcompile.kernels.xattention.op import xattention_attention
 
 __all__ = [
     "block_sparse_attention",
@@ -40,6 +41,7 @@ __all__ = [
     "read_mask",
     "streaming_attention",
     "triangle_attention",
+    "xattention_attention",
 ]
 
 

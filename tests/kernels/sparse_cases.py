@@ -9,6 +9,7 @@ from fluxcompile.kernels import ops
 from fluxcompile.kernels.block_sparse import reference as block_sparse_reference
 from fluxcompile.kernels.power import reference as power_reference
 from fluxcompile.kernels.triangle import reference as triangle_reference
+from fluxcompile.kernels.xattention import reference as xattention_reference
 
 from . import cases
 
@@ -47,10 +48,10 @@ SITUATIONS = (
     SparseCase("static-cache-start", queries=130, padding="tail", q_start=0, **_MIXED),
 )
 BIG = (
-    SparseCase("1000", 1000, 1000, block=64),
-    SparseCase("mixed-1000", 1000, 1000, padding="both", block=128, **_MIXED),
+    SparseCase("1000", 1000, 1000, block=64, stride=8),
+    SparseCase("mixed-1000", 1000, 1000, padding="both", block=128, stride=16, **_MIXED),
 )
-MODES = ("block_sparse", "power", "triangle")
+MODES = ("block_sparse", "power", "triangle", "xattention")
 
 
 def named(mode: str, *names: str) -> tuple[SparseCase, ...]:
@@ -113,14 +114,28 @@ _OPTIONS = {
     "block_sparse": ("block",),
     "power": ("sink", "local", "block"),
     "triangle": ("sink", "local", "last"),
+    "xattention": ("stride", "threshold", "block"),
 }
 _REFERENCES = {
     "block_sparse": block_sparse_reference,
     "power": power_reference,
     "triangle": triangle_reference,
+    "xattention": xattention_reference,
 }
 
 
 def prefill(case: SparseCase, dtype: torch.dtype, device: str = "cpu") -> SparsePrefill:
     """Random operands for ``case``, as :func:`cases.prefill` makes them."""
     return SparsePrefill(**vars(cases.prefill(case, dtype, device)))
+
+
+def sharpened(x: SparsePrefill) -> SparsePrefill:
+    """The same operands with queries that prefer few keys: a threshold then leaves blocks out."""
+    return replace(x, q=x.q * 8)
+
+
+def chosen_by_definition(x: SparsePrefill) -> Tensor:
+    """XAttention's blocks bool ``[B, H, Qb, KVb]``, none in dense rows."""
+    options = {name: value for name, value in x.options.items() if name != "softcap"}
+    mask = xattention_reference.block_mask(x.q, x.k, x.key_valid, x.case.q_start, **options)
+    return mask if x.route is None else mask & ~x.route[:, None, None, None]

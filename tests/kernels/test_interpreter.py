@@ -14,11 +14,12 @@ import pytest
 pytest.importorskip("triton")
 
 
+# what pytest selects by: the file
 KERNELS = {
     "prefill": "interpreted.py",
     "decode": "interpreted.py",
-    "triangle": "interpreted_sparse.py",
-    "block_sparse": "interpreted_sparse.py",
+    "triangle or block_sparse": "interpreted_sparse.py",
+    "xattention or half": "interpreted_sparse.py",
 }
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.power.op import block_mask as power_mask
+from fluxcompile.kernels.xattention import cpu as xattention_cpu
 
 from . import cases, sparse_cases
 
@@ -76,3 +77,60 @@ def test_power_sees_all_that_streaming_sees():
     streaming = near & (key <= query[..., None])
     chosen = mask[:, 0, torch.arange(200) // 16][..., key // 16]
     assert (chosen | ~streaming).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in sparse_cases.named("xattention") if c.padding != "holes"],
+    ids=cases.name,
+)
+def test_xattention_chooses_the_defined_blocks(case, monkeypatch):
+    monkeypatch.setattr(xattention_cpu, "_ENTRIES", 1000)  # several slabs of query blocks
+    x = sparse_cases.sharpened(sparse_cases.prefill(case, torch.float32))
+    options = {name: value for name, value in x.options.items() if name != "softcap"}
+    mask = xattention_cpu.block_mask(x.q, x.k, x.bounds, x.q_start, x.route, **options)
+    assert torch.equal(mask, sparse_cases.chosen_by_definition(x))
+
+
+def test_xattention_threshold():
+    """Sink and diagonal always; then by mass; the earlier of equals; nothing without mass."""
+    mass = torch.tensor([1.0, 2, 4, 2, 0, 1])
+    always = torch.tensor([True, False, False, False, False, True])
+
+    def chosen(threshold):
+        return xattention_cpu.choose(mass, always, threshold).nonzero().flatten().tolist()
+
+    assert chosen(0.2) == [0, 5]
+    assert chosen(0.21) == [0, 2, 5]
+    assert chosen(0.61) == [0, 1, 2, 5]
+    assert chosen(1.0) == [0, 1, 2, 3, 5]
+
+
+def test_xattention_finds_a_needle():
+    """One far key that the last queries are made for: its block is chosen, the answer is close."""
+    x = cases.prefill(
+        cases.at(cases.named("full-300"), batch=1, keys=512, queries=512), torch.float32
+    )
+    q, k, v = x.q.clone(), x.k * 0.1, x.v
+    needle = torch.randn(64)
+    k[:, :, 160:176] = needle
+    q[:, :, 496:] = needle
+    options = {"stride": 4, "threshold": 0.5, "block": 16, "scale": x.scale}
+    mask = xattention_cpu.block_mask(q, k, None, None, None, window=0, **options)
+    assert mask[..., 31, 10].all()
+    assert mask[..., 31, :].sum(-1).max() <= 4
+    out = ops.xattention_attention(q, k, v, **options)
+    full = ops.full_attention(q, k, v, scale=x.scale)
+    torch.testing.assert_close(out[:, 496:], full[:, 496:], atol=0.02, rtol=0)
+
+
+def test_xattention_is_full_for_two_blocks_and_for_all_mass():
+    x = cases.prefill(cases.named("full-300"), torch.float32)
+    for block, threshold in ((128, 1.0), (16, 1.0)):
+        out = ops.xattention_attention(
+            x.q, x.k, x.v, stride=16, threshold=threshold, block=block, scale=x.scale
+        )
+        cases.assert_within_bound(x, out)
+    q, k, v = (t[:, :, :250] for t in (x.q, x.k, x.v))
+    out = ops.xattention_attention(q, k, v, stride=16, threshold=0.01, block=128, scale=x.scale)
+    torch.testing.assert_close(out, ops.full_attention(q, k, v, scale=x.scale))

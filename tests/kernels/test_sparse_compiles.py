@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fluxcompile.kernels.block_sparse import triton as block_sparse_triton
+from fluxcompile.kernels.xattention import triton as xattention_triton
 
 from .test_triton_compiles import SHARED_MEMORY, compiled, configurations
 
@@ -25,3 +26,20 @@ def test_block_sparse_compiles(head_dim, element, config, block):
     binary = compiled(block_sparse_triton.attention_kernel, config, element, constants)
     assert binary.metadata.shared <= SHARED_MEMORY
     assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")
+
+
+@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "element", "config"), configurations(xattention_triton.CONFIGS)
+)
+def test_xattention_compiles(head_dim, element, config, flags):
+    shared = {
+        "HEADS": 32, "STRIDE": 16, "PER_BLOCK": 8,
+        **dict.fromkeys(("HAS_BOUNDS", "HAS_Q_START", "HAS_ROUTE", "HAS_WINDOW"), flags),
+    }  # fmt: skip
+    tiles = {"BLOCK_A": config.block_a, "BLOCK_C": config.block_c}
+    sizes = {"GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, **tiles}
+    binary = compiled(xattention_triton.score_kernel, config, element, shared | sizes)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")
+    compiled(xattention_triton.choose_kernel, config, element, shared | {"BLOCK_J": 1024})

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from . import cases, sparse_cases
+from . import cases, sparse_cases, sparse_checks
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +49,21 @@ def test_long_prompt(mode, dtype):
         ),
         dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in sparse_cases.named("xattention")
+        + sparse_cases.named("xattention", "1000", "mixed-1000")
+        if c.padding != "holes"
+    ],
+    ids=cases.name,
+)
+def test_xattention_chooses_the_defined_blocks(case):
+    for slab in (1 << 26, 3000):
+        sparse_checks.check_choice(case, "cuda", slab=slab)
 
 
 @pytest.mark.parametrize("name", ["mixed-none", "mixed-left", "static-cache"])

@@ -14,7 +14,7 @@ from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E4
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
-FLOATS = ("score_scale", "cap_scale", "softcap")
+FLOATS = ("score_scale", "cap_scale", "softcap", "threshold")
 TYPES = {
     "p_bounds": "*i32", "p_q_start": "*i32", "p_route": "*u8", "p_valid": "*u8", "p_mask": "*u8",
     "p_list": "*i16", "p_count": "*i32",
