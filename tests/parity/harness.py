@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from fluxcompile.backend import compile_graph
+from fluxcompile.backend import compile_graph, flux
 from fluxcompile.options import CompileOptions
 from fluxcompile.report import GraphReport
 from tests.parity.models import Prompt
@@ -26,8 +26,7 @@ TIE = 1e-5
 class Compiled:
     """A model compiled by the backend, with a report of each graph it compiled.
 
-    The call goes through the same ``compile_graph`` as ``backend="flux"``; the name itself is
-    tested in ``test_entry_point.py``.
+    ``backend="flux"`` itself, by its name, is what ``test_lowered.py`` compiles with.
     """
 
     model: PreTrainedModel
@@ -51,10 +50,14 @@ def compiled(
 ) -> Compiled:
     """Compile ``model`` in place."""
     result = Compiled(model)
-    parsed = CompileOptions.parse({"lowering": lowering, **options}, None)
+    options = {"lowering": lowering, **options}
+    # Asking for a report turns warnings and strictness off, so it is asked for separately.
+    reporting = CompileOptions.parse({**options, "lowering": "eager", "strict": False}, None)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        return compile_graph(gm, example_inputs, parsed, result.reports)
+        compiled_graph = flux(gm, example_inputs, options=options)
+        compile_graph(gm, example_inputs, reporting, result.reports)
+        return compiled_graph
 
     model.compile(backend=backend, dynamic=dynamic)
     return result
