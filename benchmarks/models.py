@@ -31,6 +31,9 @@ SHAPES = {
 # Query and key weights are drawn wider than the others: softmax rows are then peaked as in a
 # trained model, and a wrong attention shows in the logits instead of averaging out.
 PEAKED_GAIN = 2.0
+# What a layer adds to the residual stream is drawn narrower, as GPT-2's initialisation does:
+# otherwise a deep random model amplifies rounding until no two correct runs agree.
+ADDS_TO_RESIDUAL = ("o_proj", "down_proj")
 
 
 @torch.no_grad()
@@ -66,6 +69,8 @@ def random_llama(
             parameter.normal_(generator=generator)
         else:
             gain = PEAKED_GAIN if "q_proj" in name or "k_proj" in name else 1.0
+            if any(part in name for part in ADDS_TO_RESIDUAL):
+                gain = (2 * config.num_hidden_layers) ** -0.5
             parameter.normal_(std=gain * parameter.shape[1] ** -0.5, generator=generator)
     return model
 

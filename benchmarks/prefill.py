@@ -36,8 +36,13 @@ from models import SHAPES, pairs_full, pairs_streaming, prefill_flops, random_ll
 
 PEERS = ("eager", "inductor", "flux", "flux-router")
 
-# |peer - eager| over |eager|, both norms of the last token's logits.
-ERROR_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# |peer - eager| over |eager|, both norms of the last token's logits. In bf16 eager itself is 2e-2
+# from fp32 on a small model of this depth, and attention to the wrong keys is 4e-1 off.
+ERROR_BOUND = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+
+
+class WrongLogits(Exception):
+    """A peer disagrees with eager: its speed is not reported."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"(median of {args.router_pairs} pairs)"
             )
         write_json(args.json, record)
+        if prefill.wrong:
+            raise SystemExit(f"wrong at {length} tokens: {prefill.wrong}")
 
 
 class Prefill:
@@ -136,6 +143,7 @@ class Prefill:
         self.model, self.config, self.length = model, config, length
         self.ceiling, self.args = ceiling, args
         self.layers = len(model.model.layers)
+        self.wrong: list[str] = []
         self.input_ids = torch.randint(model.config.vocab_size, (1, length), device=args.device)
 
     @torch.no_grad()
@@ -147,7 +155,12 @@ class Prefill:
             if peer == "flux-router":
                 router = fluxcompile.FluxRouter.from_model(self.model, self.config)
                 fluxcompile.attach(self.model, router.to(self.args.device))
-            results.append(self.time(peer, self.callable(peer), full))
+            try:
+                results.append(self.time(peer, self.callable(peer), full))
+            except WrongLogits as problem:
+                print(problem)
+                self.wrong.append(peer)
+                forget_compiled(self.args.device)
             if peer == "flux-router":
                 fluxcompile.detach(self.model)
         for omega in self.args.omega:
@@ -192,7 +205,11 @@ class Prefill:
         return torch.compile(self.model, backend="flux", options=options)
 
     def time(self, peer: str, call: Callable, routes: list[int]) -> Result:
-        """Compile, check, warm up, time. Ends the run where a peer is wrong."""
+        """Compile, check, warm up, time.
+
+        Raises:
+            WrongLogits: before anything is timed.
+        """
         device = self.args.device
         started = time.perf_counter()
         logits = self.last_logits(call)
@@ -235,7 +252,7 @@ class Prefill:
         difference = (logits - self.eager_logits).norm() / self.eager_logits.norm()
         error, bound = difference.item(), ERROR_BOUND[self.model.dtype]
         if not error <= bound:  # also where it is nan
-            raise SystemExit(f"{peer}: logits differ from eager by {error:.2e}, bound {bound:.0e}")
+            raise WrongLogits(f"{peer}: logits differ from eager by {error:.2e}, bound {bound:.0e}")
         return error
 
     def floor(self, routes: list[int]) -> float:
