@@ -224,6 +224,7 @@ class Prefill:
             times = seconds(lambda: self.last_logits(call), self.args.repeat, device)
         forget_compiled(device)
         median = statistics.median(times)
+        print(f"{peer}, {self.length} tokens: {1000 * median:.1f} ms", flush=True)
         return Result(
             peer=peer,
             length=self.length,
