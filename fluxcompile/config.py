@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from fluxcompile.errors import ConfigError
 
-SPARSE_MODES = ("streaming", "xattention", "triangle")
+SPARSE_MODES = ("streaming", "xattention", "triangle", "power")
 RETRIEVAL_MODES = ("full", "xattention")
 DECODE_MODES = ("sparse", "dense")
+BLOCKS = (16, 32, 64, 128)  # tokens a block that the kernels take
 
 _CHOICES = {"sparse": SPARSE_MODES, "retrieval": RETRIEVAL_MODES, "decode": DECODE_MODES}
 _COUNTS = ("sink", "local", "pool_size", "stride", "block", "last")
@@ -27,8 +28,8 @@ class FluxConfig:
 
     Attributes:
         sparse: prefill attention of a layer routed to SA: ``"streaming"`` (sink + local window),
-            ``"xattention"`` (antidiagonal block scoring) or ``"triangle"`` (streaming, except for
-            the last queries).
+            ``"xattention"`` (antidiagonal block scoring), ``"triangle"`` (streaming, except for
+            the last queries) or ``"power"`` (blocks at power-of-two distances, sink and local).
         sink: valid tokens at the start of the sequence that every query attends to.
         local: latest valid tokens, the query's own included, that every query attends to.
         pool_size: valid tokens at each end of the prompt that the router's mean is taken over.
@@ -37,7 +38,7 @@ class FluxConfig:
         retrieval: prefill attention of a layer routed to FA: ``"full"`` or ``"xattention"``.
         stride: XAttention: side of the antidiagonal that one strided score sums over.
         threshold: XAttention: share of a row's estimated mass its chosen blocks reach, in (0, 1].
-        block: XAttention: side of a block; a multiple of ``stride``.
+        block: XAttention and power: side of a block, 16, 32, 64 or 128; a multiple of ``stride``.
         last: triangle: queries at the end of the prompt that stay dense.
 
     Raises:
@@ -71,6 +72,8 @@ class FluxConfig:
             raise ConfigError.mismatch(
                 "FluxConfig.block", f"a multiple of stride ({self.stride})", f"{self.block!r}"
             )
+        if self.block not in BLOCKS:
+            raise ConfigError.mismatch("FluxConfig.block", f"one of {BLOCKS}", f"{self.block!r}")
 
     def _check_threshold(self) -> None:
         value = self.threshold

@@ -7,15 +7,12 @@ from typing import Any
 
 from fluxcompile.attachment import find, layer_of
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import KernelError, OptionError, RouterError
+from fluxcompile.errors import OptionError, RouterError
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.assign_layers import LayerOf
 from fluxcompile.passes.plan import Policy, RoutingPlan
 from fluxcompile.passes.site import AttentionSite, CacheKind, Skip, SkipReason
 from fluxcompile.router import FluxRouter
-
-#: sparse modes that have kernels
-AVAILABLE = ("streaming",)
 
 
 class Planner:
@@ -31,10 +28,6 @@ class Planner:
         default = self.router.config if self.router else FluxConfig()
         self.config = options.config or default
         self.routes = options.routes or ("router" if self.router else None)
-        if self.routes not in (None, "full") and self.config.sparse not in AVAILABLE:
-            raise KernelError(
-                f"sparse mode: expected one of {list(AVAILABLE)}, got {self.config.sparse!r}"
-            )
 
     def plan(self, sites: Sequence[AttentionSite]) -> RoutingPlan:
         """Policies for the layers found; says on the sites why one is not routed."""

@@ -3,7 +3,7 @@
 ==================  ==========================================================================
 before              ``scaled_dot_product_attention(q, expand(k), expand(v), attn_mask=[S, S])``
 full                causal SDPA on unexpanded k and v, or ``flux::full_attention`` with ranges
-sparse              ``flux::streaming_attention`` (prefill), ``flux::decode_attention`` (decode)
+sparse              the sparse mode's operator (prefill), ``flux::decode_attention`` (decode)
 routed, prefill     ``cond(all rows full, full, sparse with per-row routes)``
 routed, decode      ``flux::decode_attention`` reading the row's route on the device
 ==================  ==========================================================================
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from fluxcompile.config import FluxConfig
 from fluxcompile.passes.emit import Branch, Emitter, UnknownSize
 from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_of
 from fluxcompile.passes.insert_router import RouteSource
@@ -164,7 +165,7 @@ def _prefill(
     if _sparse_is_full(site, plan):
         site.became = "full (short enough to be equal)"
         return _emit(full, emitter, site)
-    sparse = _sparse_branch(site, operands, route, plan)
+    sparse = _sparse_branch(plan.config.sparse, site, operands, route, plan.config)
     if policy is Policy.SPARSE:
         site.became = plan.config.sparse
         return _emit(sparse, emitter, site)
@@ -182,8 +183,14 @@ def _emit(branch: Branch, emitter: Emitter, site: AttentionSite) -> fx.Node:
 def _sparse_is_full(site: AttentionSite, plan: RoutingPlan) -> bool:
     """True where no key is out of reach. With a symbolic length this guards on the answer, so
     that lengths on one side of the boundary share a compiled graph."""
-    length = value_of(site.k).shape[2]
-    return bool(length <= plan.config.sink + plan.config.local)
+    return bool(value_of(site.k).shape[2] <= _reach(plan.config.sparse, plan.config))
+
+
+def _reach(mode: str, config: FluxConfig) -> int:
+    """Keys up to which ``mode`` is full attention."""
+    if mode == "xattention":
+        return 2 * config.block  # it always takes a row's first block and the query's own
+    return config.sink + config.local  # what every query sees in all other modes
 
 
 def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
@@ -202,13 +209,27 @@ def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
     )
 
 
+#: sparse mode: the configuration that its operator ``flux::<mode>_attention`` takes
+FIELDS = {
+    "streaming": ("sink", "local"),
+    "triangle": ("sink", "local", "last"),
+    "power": ("sink", "local", "block"),
+    "xattention": ("stride", "threshold", "block"),
+}
+
+
 def _sparse_branch(
-    site: AttentionSite, operands: MaskOperands, route: fx.Node | None, plan: RoutingPlan
+    mode: str,
+    site: AttentionSite,
+    operands: MaskOperands,
+    route: fx.Node | None,
+    config: FluxConfig,
 ) -> Branch:
     return Branch(
-        torch.ops.flux.streaming_attention.default,
+        getattr(torch.ops.flux, f"{mode}_attention").default,
         (
             *(site.q, site.k, site.v, *operands.as_args(), route),
-            *(plan.config.sink, plan.config.local, _window(site), site.scale, site.softcap),
+            *(getattr(config, field) for field in FIELDS[mode]),
+            *(_window(site), site.scale, site.softcap),
         ),
     )

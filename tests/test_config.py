@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from fluxcompile.config import FluxConfig
+from fluxcompile.config import BLOCKS, FluxConfig
 from fluxcompile.errors import ConfigError
+from fluxcompile.kernels import validation
 
 ALTERED = {
     "sparse": "triangle",
@@ -38,6 +39,14 @@ def test_defaults_are_the_methods():
     }
 
 
+def test_every_choice_is_accepted():
+    for mode in ("streaming", "xattention", "triangle", "power"):
+        assert FluxConfig(sparse=mode).sparse == mode
+    for block in BLOCKS:
+        assert FluxConfig(block=block).block == block
+    assert BLOCKS == validation.BLOCKS  # what the kernels take
+
+
 def test_frozen_and_hashable():
     config = FluxConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -57,11 +66,18 @@ def test_absent_fields_take_defaults():
     assert FluxConfig.from_dict({"sink": 64}) == FluxConfig(sink=64)
 
 
+SPARSE = "'streaming', 'xattention', 'triangle', 'power'"
+
+
 @pytest.mark.parametrize(
     ("fields", "expected", "got"),
     [
-        ({"sparse": "dilated"}, "'streaming', 'xattention', 'triangle'", "'dilated'"),
-        ({"sparse": ["streaming"]}, "'streaming', 'xattention', 'triangle'", "['streaming']"),
+        ({"sparse": "dilated"}, SPARSE, "'dilated'"),
+        (
+            {"sparse": ["streaming"]},
+            "'streaming', 'xattention', 'triangle', 'power'",
+            "['streaming']",
+        ),
         ({"decode": "fast"}, "'sparse', 'dense'", "'fast'"),
         ({"retrieval": "streaming"}, "'full', 'xattention'", "'streaming'"),
         ({"sink": 0}, "an int >= 1", "0"),
@@ -77,6 +93,7 @@ def test_absent_fields_take_defaults():
         ({"threshold": float("nan")}, "a number in (0, 1]", "nan"),
         ({"threshold": "0.9"}, "a number in (0, 1]", "'0.9'"),
         ({"block": 24}, "a multiple of stride (16)", "24"),
+        ({"block": 256}, "one of (16, 32, 64, 128)", "256"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -7,7 +7,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fluxcompile
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import ConfigError, FluxWarning, KernelError, OptionError, RouterError
+from fluxcompile.errors import ConfigError, FluxWarning, OptionError, RouterError
 from fluxcompile.options import CompileOptions
 from tests.passes.graphs import Stack, hidden
 from tests.router_models import random_router
@@ -183,15 +183,11 @@ class TestCompile:
         assert "expected 2 entries" in refused(model, x, OptionError, routes=[0, 1, 1])
         assert "expected 2 entries" in refused(model, x, OptionError, routes=[0])
 
-    @pytest.mark.parametrize("sparse", ["xattention", "triangle"])
-    def test_a_sparse_mode_without_kernels(self, model, x, sparse):
-        from fluxcompile.planning import AVAILABLE
-
-        if sparse in AVAILABLE:
-            pytest.skip("has kernels")
-        config = {"sparse": sparse}
-        assert sparse in refused(model, x, KernelError, config=config, routes="sparse")
-        run(model, x, config=config, routes="full")  # nothing sparse is asked for
+    @pytest.mark.parametrize("sparse", ["streaming", "xattention", "triangle", "power"])
+    def test_sparse_modes(self, model, x, sparse):
+        config = {"sparse": sparse, "sink": 1, "local": 2, "block": 16}
+        run(model, x, config=config, routes="sparse")
+        assert fluxcompile.routes(model).omega == 1.0
 
     @pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
     def test_lowerings(self, model, x, lowering):
