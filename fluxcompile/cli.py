@@ -1,6 +1,5 @@
 """The ``fluxcompile`` command."""
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -59,8 +58,6 @@ def demo(
     ] = None,
 ) -> None:
     """Answer a long prompt with SmolLM2-135M, eager and compiled, and show the routes taken."""
-    # Read when tqdm is first imported: the loaders' bars would run through the demo's own.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here: `--help` should not wait for torch.
     from fluxcompile.demo import DemoSettings, run_demo
     from fluxcompile.errors import FluxError

@@ -1,9 +1,10 @@
 """``fluxcompile demo``: a real model answers a long prompt, eager and compiled, side by side."""
 
+import io
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -179,7 +180,8 @@ def ticking(console: Console, label: str, total: int) -> Iterator[Callable[[int]
 
 
 def _load(settings: DemoSettings, console: Console):
-    with ticking(console, "loading SmolLM2-135M-Instruct", 1):
+    # The loaders' own bars go to stderr, and would run through this one.
+    with ticking(console, "loading SmolLM2-135M-Instruct", 1), redirect_stderr(io.StringIO()):
         model, tokenizer = smollm2.load(settings.device, settings.dtype)
         prompt = long_prompt(tokenizer, settings.tokens).to(settings.device)
     dtype = str(settings.dtype).removeprefix("torch.")
