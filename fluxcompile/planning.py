@@ -54,7 +54,9 @@ class Planner:
             elif self.routes != "full" and site.skip is None and site.cache is CacheKind.UNKNOWN:
                 site.not_routed = Skip(SkipReason.CACHE_UNKNOWN)
                 policies.pop(site.layer, None)
-        return RoutingPlan(self.config, policies, routers, self._options.strict)
+        routed = self.routes == "router" or isinstance(self.routes, tuple)
+        retrieval = self.config.retrieval if routed else "full"
+        return RoutingPlan(self.config, policies, routers, self._options.strict, retrieval)
 
     def _static(self, sites: Sequence[AttentionSite], layers: list[int]) -> dict[int, Policy]:
         if not layers:  # a part of the model between its layers

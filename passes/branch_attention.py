@@ -5,6 +5,7 @@ before              ``scaled_dot_product_attention(q, expand(k), expand(v), attn
 full                causal SDPA on unexpanded k and v, or ``flux::full_attention`` with ranges
 sparse              the sparse mode's operator (prefill), ``flux::decode_attention`` (decode)
 routed, prefill     ``cond(all rows full, full, sparse with per-row routes)``
+retrieval mode      XAttention in the place of full; a mixed batch computes both and picks by row
 routed, decode      ``flux::decode_attention`` reading the row's route on the device
 ==================  ==========================================================================
 
@@ -154,25 +155,47 @@ def _prefill(
     masks: MaskOperandCache,
     routes: RouteSource,
 ) -> fx.Node:
-    operands = masks.prefill(site)
-    full = _full_branch(site, operands)
+    operands, config = masks.prefill(site), plan.config
+
+    def branch(mode: str, route: fx.Node | None = None) -> Branch:
+        if mode == "full":
+            return _full_branch(site, operands)
+        return _sparse_branch(mode, site, operands, route, config)
+
+    dense = plan.retrieval if _retrieves(site, plan) else "full"
     if policy is Policy.FULL:
-        site.became = "full"
-        return _emit(full, emitter, site)
+        site.became = dense
+        return _emit(branch(dense), emitter, site)
     route = None
     if policy is Policy.ROUTER:
-        route = routes.route(site, plan.routers[site.layer], plan.config.pool_size)
-    if _sparse_is_full(site, plan):
-        site.became = "full (short enough to be equal)"
-        return _emit(full, emitter, site)
-    sparse = _sparse_branch(plan.config.sparse, site, operands, route, plan.config)
-    if policy is Policy.SPARSE:
-        site.became = plan.config.sparse
-        return _emit(sparse, emitter, site)
-    site.became = f"routed: full or {plan.config.sparse}"
+        route = routes.route(site, plan.routers[site.layer], config.pool_size)
+    sparse = "full" if _is_full(config.sparse, site, config) else config.sparse
+    if policy is Policy.SPARSE or sparse == dense:
+        site.became = "full (short enough to be equal)" if sparse == "full" else sparse
+        return _emit(branch(sparse), emitter, site)
+    site.became = f"routed: {dense} or {sparse}"
+    if dense != "full":
+        return _pick_by_row(emitter, site, route, branch(dense), branch(sparse))
     with emitter.graph.inserting_before(site.output):
         every_row = emitter.method("all", route)
-        return emitter.cond(every_row, full, sparse, like=site.output)
+        return emitter.cond(every_row, branch(dense), branch(sparse, route), like=site.output)
+
+
+def _pick_by_row(
+    emitter: Emitter, site: AttentionSite, route: fx.Node, dense: Branch, sparse: Branch
+) -> fx.Node:
+    """Neither branch can serve the other's rows: each is computed if some row wants it."""
+    with emitter.graph.inserting_before(site.output):
+        every_row = emitter.method("all", route)
+        if same_size(site.q_shape[0], 1):
+            return emitter.cond(every_row, dense, sparse, like=site.output)
+        nothing = Branch(torch.zeros_like, (site.q,), to_tokens_first=True)
+        some_row = emitter.method("any", route)
+        both = (
+            emitter.cond(some_row, dense, nothing, like=site.output),
+            emitter.cond(every_row, nothing, sparse, like=site.output),
+        )
+        return emitter.call(torch.where, (emitter.method("view", route, -1, 1, 1, 1), *both))
 
 
 def _emit(branch: Branch, emitter: Emitter, site: AttentionSite) -> fx.Node:
@@ -180,17 +203,20 @@ def _emit(branch: Branch, emitter: Emitter, site: AttentionSite) -> fx.Node:
         return branch.emit(emitter, site.output)
 
 
-def _sparse_is_full(site: AttentionSite, plan: RoutingPlan) -> bool:
-    """True where no key is out of reach. With a symbolic length this guards on the answer, so
-    that lengths on one side of the boundary share a compiled graph."""
-    return bool(value_of(site.k).shape[2] <= _reach(plan.config.sparse, plan.config))
+def _retrieves(site: AttentionSite, plan: RoutingPlan) -> bool:
+    """True where full attention is to be replaced: in a routed layer without a window of its own
+    (which is cheap as it is), on a prompt long enough to make a difference."""
+    routed = site.layer in plan.policies and site.not_routed is None and not _window(site)
+    return routed and plan.retrieval != "full" and not _is_full(plan.retrieval, site, plan.config)
 
 
-def _reach(mode: str, config: FluxConfig) -> int:
-    """Keys up to which ``mode`` is full attention."""
+def _is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
+    """True where no key is out of the mode's reach. With a symbolic length this guards on the
+    answer, so that lengths on one side of the boundary share a compiled graph."""
+    reach = config.sink + config.local  # what every query sees in most modes
     if mode == "xattention":
-        return 2 * config.block  # it always takes a row's first block and the query's own
-    return config.sink + config.local  # what every query sees in all other modes
+        reach = 2 * config.block  # it always takes a row's first block and the query's own
+    return bool(value_of(site.k).shape[2] <= reach)
 
 
 def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:

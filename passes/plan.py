@@ -23,11 +23,13 @@ class RoutingPlan:
     """Routes of one graph's layers.
 
     ``policies`` maps a layer to its policy and ``routers`` a layer to its trained router; a layer
-    that is missing from ``policies`` gets full attention. ``unrouted`` says why nothing is routed
-    when both are empty.
+    that is missing from ``policies`` gets full attention. ``retrieval`` is what full attention
+    means in a layer that a router or a static pattern routes: the configuration's, or ``"full"``
+    where full attention is what the user asked for.
     """
 
     config: FluxConfig
     policies: Mapping[int, Policy] = field(default_factory=dict)
     routers: Mapping[int, LayerRouter] = field(default_factory=dict)
     strict: bool = False
+    retrieval: str = "full"

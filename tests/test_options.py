@@ -189,6 +189,19 @@ class TestCompile:
         run(model, x, config=config, routes="sparse")
         assert fluxcompile.routes(model).omega == 1.0
 
+    def test_retrieval_is_what_routed_layers_take_for_full(self, model):
+        config = {"sink": 1, "local": 2, "block": 16, "retrieval": "xattention"}
+        long = hidden(length=40)
+
+        def became(routes):
+            options = {"config": config, "routes": routes}
+            return [row.became for row in fluxcompile.explain(model, long, options=options).rows]
+
+        assert became((1, 0)) == ["xattention", "streaming"]
+        assert became("full") == ["full", "full"]
+        run(model, long, config=config, routes=[1, 0])
+        assert fluxcompile.routes(model).fa.tolist() == [[True, False]] * 2
+
     @pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
     def test_lowerings(self, model, x, lowering):
         out = run(model, x, lowering=lowering, routes="full")

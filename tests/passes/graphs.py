@@ -62,7 +62,8 @@ class Recorded:
         if policy is Policy.ROUTER:
             dims = {s.layer: s.q_shape[3] for s in result.sites if s.layer is not None}
             routers = {layer: LayerRouter(int(dims[layer])) for layer in layers}
-        return rewrite(result, RoutingPlan(config, dict.fromkeys(layers, policy), routers))
+        policies = dict.fromkeys(layers, policy)
+        return rewrite(result, RoutingPlan(config, policies, routers, retrieval=config.retrieval))
 
     def run(self, gm: fx.GraphModule | None = None) -> list[torch.Tensor]:
         """Outputs on the traced inputs, cloned first where the graph may write to them."""

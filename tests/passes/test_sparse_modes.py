@@ -11,6 +11,7 @@ from fluxcompile.kernels.triangle import reference as triangle
 from fluxcompile.kernels.xattention import reference as xattention
 from fluxcompile.passes.branch_attention import FIELDS
 from fluxcompile.passes.plan import Policy
+from fluxcompile.router_pooling import full_attention_rows
 
 from .graphs import op_counts, record
 
@@ -83,3 +84,54 @@ def test_where_short_is_full_the_operator_agrees(mode):
         torch.testing.assert_close(
             definition(mode, *operands), definition(mode, *operands, route=everything)
         )
+
+
+def routed(recorded, rows, **fields):
+    """The rewritten graph's output where the rows' routes are ``rows``, and its one site."""
+    result = recorded.rewrite(Policy.ROUTER, config_of("streaming", **fields))
+    (node,) = result.gm.graph.find_nodes(op="call_function", target=full_attention_rows)
+    with result.gm.graph.inserting_after(node):
+        given = result.gm.graph.call_function(torch.tensor, (list(rows),))
+    node.replace_all_uses_with(given)
+    result.gm.recompile()
+    return recorded.run(result.gm)[0], result
+
+
+@pytest.mark.parametrize(
+    "rows", [(True, True), (False, False), (True, False), (False, True)], ids=str
+)
+def test_retrieval_rows_use_xattention(rows):
+    """Each row is what it would be alone, whatever the other rows are routed to."""
+    operands = prompt()
+    recorded = record(attend, *operands)
+    route = torch.tensor(rows)
+    got, result = routed(recorded, rows, retrieval="xattention")
+    assert result.sites[0].became == "routed: xattention or streaming"
+    xa, streaming_rows = definition("xattention", *operands), definition("streaming", *operands)
+    expected = torch.where(route[:, None, None, None], xa, streaming_rows)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [(True,), (False,)], ids=str)
+def test_retrieval_of_one_row_is_one_branch(rows):
+    operands = prompt(pads=(7,))
+    recorded = record(attend, *operands)
+    got, result = routed(recorded, rows, retrieval="xattention")
+    assert op_counts(result.gm)["cond"] == 1
+    mode = "xattention" if rows[0] else "streaming"
+    torch.testing.assert_close(got, definition(mode, *operands), atol=2e-5, rtol=2e-5)
+
+
+def test_retrieval_and_sparse_alike_need_no_branch():
+    recorded = record(attend, *prompt())
+    config = config_of("xattention", retrieval="xattention")
+    result = recorded.rewrite(Policy.ROUTER, config)
+    assert op_counts(result.gm)["cond"] == 0
+    assert op_counts(result.gm)["xattention_attention.default"] == 1
+    assert len(result.routes.decided) == 1  # still kept for decode
+
+
+def test_retrieval_on_a_short_prompt_is_full():
+    recorded = record(attend, *prompt(32, (0, 3)))
+    result = recorded.rewrite(Policy.ROUTER, config_of("streaming", retrieval="xattention"))
+    assert result.sites[0].became == "routed: full or streaming"
