@@ -56,7 +56,12 @@ CONFIGS = {
 }
 
 
-@triton.jit(do_not_specialize=["n_query_blocks", "n_key_blocks", "n_queries", "n_keys", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_mb", "stride_mh", "stride_mq",
+        "n_query_blocks", "n_key_blocks", "n_queries", "n_keys", "window",
+    ]
+)  # fmt: skip
 def list_kernel(
     p_mask, p_list, p_count, p_bounds, p_q_start, p_route,
     stride_mb, stride_mh, stride_mq,

@@ -145,8 +145,10 @@ def score_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["i_slab", "n_slab", "n_query_blocks", "n_key_blocks", "n_queries", "n_keys"]
-)
+    do_not_specialize=[
+        "i_slab", "n_slab", "n_query_blocks", "n_key_blocks", "n_queries", "n_keys", "window",
+    ]
+)  # fmt: skip
 def choose_kernel(
     p_part, p_mask, p_bounds, p_q_start, p_route,
     i_slab, n_slab, n_query_blocks, n_key_blocks, n_queries, n_keys, window, threshold,

@@ -52,6 +52,41 @@ def test_padded_row_equals_its_unpadded_run(mode):
     assert (out[2:, :start] == 0).all()
 
 
+@pytest.mark.parametrize("mode", sparse_cases.MODES)
+def test_unreadable_mask_is_applied_as_it_is(mode):
+    (case,) = sparse_cases.named(mode, "300")
+    x = sparse_cases.prefill(case, torch.float32)
+    mask = torch.rand(2, 1, 300, 300) < 0.3
+    mask[:, :, 7] = False
+    key_valid, bounds, flags = ops.read_mask(mask, torch.zeros(1, dtype=torch.int32))
+    route = torch.tensor([True, False])
+    op = getattr(ops, f"{mode}_attention")
+    out = op(x.q, x.k, x.v, *x.extra, bounds, key_valid, flags, mask, None, route, **x.options)
+    full = ops.full_attention(x.q, x.k, x.v, bounds, key_valid, flags, mask, scale=x.scale)
+    torch.testing.assert_close(out, full)
+    assert (out[:, 7] == 0).all()
+
+
+def test_only_chosen_blocks_are_gathered(monkeypatch):
+    """And only one block of queries at a time."""
+    from fluxcompile.kernels.block import attend
+    from fluxcompile.kernels.block_sparse import cpu
+
+    sizes = []
+
+    def spy(q, k, v, seen, **options):
+        sizes.append((q.shape[2], k.shape[2]))
+        return attend(q, k, v, seen, **options)
+
+    monkeypatch.setattr(cpu, "attend", spy)
+    x = cases.prefill(cases.named("full-1000"), torch.float32)
+    q, k, v = (t[:1] for t in (x.q, x.k, x.v))
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    mask[0, 0, 12, [1, 5]] = True
+    ops.block_sparse_attention(q, k, v, mask, block=64, scale=x.scale)
+    assert sizes == [(64, 128)]
+
+
 def test_power_pattern():
     (mask,) = power_mask(torch.zeros(1, dtype=torch.int64), 320, 320, sink=1, local=1, block=16)[0]
     assert [mask[19, j].item() for j in range(20)] == [

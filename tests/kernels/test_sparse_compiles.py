@@ -29,6 +29,15 @@ def test_block_sparse_compiles(head_dim, element, config, block):
 
 
 @pytest.mark.parametrize("flags", [False, True])
+def test_list_compiles(flags):
+    has = ("HAS_BOUNDS", "HAS_Q_START", "HAS_ROUTE", "HAS_WINDOW")
+    constants = {"MASK_HEADS": 32, "BLOCK": 128, "BLOCK_J": 1024, **dict.fromkeys(has, flags)}
+    config = block_sparse_triton.CONFIGS[128, 2]
+    binary = compiled(block_sparse_triton.list_kernel, config, "bf16", constants)
+    assert binary.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("flags", [False, True])
 @pytest.mark.parametrize(
     ("head_dim", "element", "config"), configurations(xattention_triton.CONFIGS)
 )
