@@ -19,6 +19,7 @@ from fluxcompile.passes.plan import RoutingPlan
 from fluxcompile.passes.recover_kv import recover_kv
 from fluxcompile.passes.recover_mask import recover_masks
 from fluxcompile.passes.site import AttentionSite
+from fluxcompile.passes.start_cache import start_caches
 from fluxcompile.passes.verify import verify
 
 
@@ -57,6 +58,7 @@ def analyse(
 def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     """Rewrite what may be rewritten, as ``plan`` says, and verify the outcome."""
     clock = _Clock(result.seconds)
+    clock("start_cache", lambda: start_caches(result.gm, result.sites))
     result.routes = clock(
         "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)
     )
