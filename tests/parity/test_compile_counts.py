@@ -58,7 +58,9 @@ def test_decode_compiles_no_more_after_the_second_token(kind, mode, cache):
     assert streamer.tokens == 20
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+@pytest.mark.parametrize(
+    "use_cache", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["cache", "no_cache"]
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("side", ["short", "long"])
 def test_three_prefill_lengths_compile_at_most_twice(side, mode, use_cache):
