@@ -22,8 +22,8 @@ TILES = {
 
 # Masks with holes are served without Triton; the rest of the situations differ little from these.
 SITUATIONS = (
-    "1", "300", "groups-3", "mixed-none", "mixed-both", "mixed-empty", "softcap", "window",
-    "window-small-both", "chunk-one", "chunk-left", "static-cache-odd",
+    "300", "groups-3", "mixed-both", "mixed-empty", "softcap", "window-small-both", "chunk-one",
+    "static-cache-odd",
 )  # fmt: skip
 
 
