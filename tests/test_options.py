@@ -63,7 +63,7 @@ def test_mode_is_no_option():
 
 
 BAD = {
-    "router": [3, ["a"], object(), True],
+    "router": [3, ["a"], 1.5, True],
     "config": [3, "streaming", ["sink"]],
     "routes": ["all", "", [], (), [2], [0.5], ["1"], 1, b"", {0: 1}, [None], {0, 1}, [[0], [1]]],
     "strict": [1, 0, "yes", None],
