@@ -8,8 +8,40 @@ import torch
 from torch import Tensor
 
 from fluxcompile.kernels.block import attend
+from fluxcompile.kernels.validation import check_readable
 
 _QUERIES = 256  # queries a block
+
+
+def irregular_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_valid: Tensor | None,
+    flags: Tensor | None,
+    dense_mask: Tensor | None,
+    q_start: Tensor | None,
+    route: Tensor | None,
+    *,
+    sink: int | None,
+    local: int | None,
+    last: int = 0,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor | None:
+    """Attention ``[B, Sq, H, D]`` if a row has holes or the mask is unreadable, else None.
+
+    Reads only the flags on the CPU. A mask that is not readable is applied as it is.
+    """
+    if not check_readable(flags, dense_mask):
+        return masked_attention(q, k, v, dense_mask, scale=scale, softcap=softcap)
+    if flags is not None and not flags[1]:
+        return ranked_attention(
+            q, k, v, key_valid, q_start, route,
+            sink=sink, local=local, last=last, window=window, scale=scale, softcap=softcap,
+        )  # fmt: skip
+    return None
 
 
 def masked_attention(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxcompile.kernels.block_sparse import cpu
-from fluxcompile.kernels.block_sparse.fallback import dense_if_irregular
+from fluxcompile.kernels.blockwise import irregular_attention
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.validation import check_block, check_routed, check_tensor
@@ -71,9 +71,10 @@ def attend_over(
     Dense, and nothing chosen, where no block grid can be laid over the key mask. ``choose`` gets
     bounds only where some key is not valid.
     """
-    dense = dense_if_irregular(
-        q, k, v, key_valid, flags, dense_mask, q_start, window=window, scale=scale, softcap=softcap
-    )
+    dense = irregular_attention(
+        q, k, v, key_valid, flags, dense_mask, q_start, None,
+        sink=None, local=None, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
     if dense is not None:
         return dense
     bounds = None if flags is None or flags[2] else bounds

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcompile.kernels.block import attend
-from fluxcompile.kernels.blockwise import masked_attention, ranked_attention
-from fluxcompile.kernels.validation import check_readable
+from fluxcompile.kernels.blockwise import irregular_attention
 
 # Queries a block. A sparse block reads sink + local + block keys, so a small block wastes least;
 # below this the fixed cost of a call shows.
@@ -88,13 +87,12 @@ def streaming_attention(
     sink, local, window, scale, softcap,
 ):  # fmt: skip
     """See :func:`fluxcompile.kernels.ops.streaming_attention`; sink None: every row is dense."""
-    if not check_readable(flags, dense_mask):
-        return masked_attention(q, k, v, dense_mask, scale=scale, softcap=softcap)
-    if flags is not None and not flags[1]:
-        return ranked_attention(
-            q, k, v, key_valid, q_start, route,
-            sink=sink, local=local, window=window, scale=scale, softcap=softcap,
-        )  # fmt: skip
+    irregular = irregular_attention(
+        q, k, v, key_valid, flags, dense_mask, q_start, route,
+        sink=sink, local=local, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    if irregular is not None:
+        return irregular
     batch, heads, queries, head_dim = q.shape
     first = k.shape[2] - queries if q_start is None else int(q_start)
     starts_ends = [(0, k.shape[2])] * batch if bounds is None else bounds.tolist()

@@ -7,9 +7,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from fluxcompile.kernels.blockwise import masked_attention, ranked_attention
+from fluxcompile.kernels.blockwise import irregular_attention
 from fluxcompile.kernels.dispatch import triton_module
-from fluxcompile.kernels.validation import check_readable
 
 
 def full_attention(q, k, v, bounds, key_valid, flags, dense_mask, q_start, window, scale, softcap):
@@ -38,13 +37,12 @@ def streaming_attention(
     sink, local, window, scale, softcap,
 ):  # fmt: skip
     """See :func:`fluxcompile.kernels.ops.streaming_attention`; sink None: every row is dense."""
-    if not check_readable(flags, dense_mask):
-        return masked_attention(q, k, v, dense_mask, scale=scale, softcap=softcap)
-    if flags is not None and not flags[1]:
-        return ranked_attention(
-            q, k, v, key_valid, q_start, route,
-            sink=sink, local=local, window=window, scale=scale, softcap=softcap,
-        )  # fmt: skip
+    irregular = irregular_attention(
+        q, k, v, key_valid, flags, dense_mask, q_start, route,
+        sink=sink, local=local, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    if irregular is not None:
+        return irregular
     # All keys valid: the kernel then needs no bounds.
     ranges = None if flags is None or flags[2] else bounds
     if ranges is None and q_start is None:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from fluxcompile.kernels.blockwise import masked_attention, ranked_attention
+from fluxcompile.kernels.blockwise import irregular_attention
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.triangle import cpu
-from fluxcompile.kernels.validation import check_at_least, check_readable, check_streaming
+from fluxcompile.kernels.validation import check_at_least, check_streaming
 
 
 def triangle_attention(
@@ -54,13 +54,12 @@ def _attend(
     q, k, v, bounds, key_valid, flags, dense_mask, q_start, route,
     sink, local, last, window, scale, softcap,
 ):  # fmt: skip
-    if not check_readable(flags, dense_mask):
-        return masked_attention(q, k, v, dense_mask, scale=scale, softcap=softcap)
-    if flags is not None and not flags[1]:
-        return ranked_attention(
-            q, k, v, key_valid, q_start, route,
-            sink=sink, local=local, last=last, window=window, scale=scale, softcap=softcap,
-        )  # fmt: skip
+    irregular = irregular_attention(
+        q, k, v, key_valid, flags, dense_mask, q_start, route,
+        sink=sink, local=local, last=last, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    if irregular is not None:
+        return irregular
     ranges = None if flags is None or flags[2] else bounds
     if not q.is_cuda:
         return cpu.attention(
