@@ -84,7 +84,7 @@ def compile_graph(
     else:
         _explain_fallbacks(result, planner, options)
     compiled = lower(gm, inputs, options)
-    return compiled if io is None or not io.layers else CompiledGraph(compiled, io)
+    return compiled if io is None or io.is_idle else CompiledGraph(compiled, io)
 
 
 def last_compile_stats() -> dict[str, Any]:

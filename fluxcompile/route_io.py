@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fluxcompile.passes.graph_util import op_name
+from fluxcompile.passes.graph_util import op_name, same_size
 from fluxcompile.passes.pipeline import Rewrite
 from fluxcompile.passes.plan import Policy, RoutingPlan
-from fluxcompile.passes.site import AttentionSite, CacheKind
+from fluxcompile.passes.site import AttentionSite
 from fluxcompile.planning import Planner
 from fluxcompile.runtime import RouteIO
 
@@ -36,7 +36,7 @@ def route_io(
         takes_routes=routes.routes_input is not None,
         past_key=None if past is None else positions[past],
         carrier_output=carrier,
-        decides=any(_starts_prompt(site) for site in sites),
+        decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
         strict=plan.strict,
     )
@@ -50,14 +50,12 @@ def _static_io(
     model_key: int | None,
 ) -> RouteIO:
     sites = [site for site in result.sites if site.skip is None and site.layer is not None]
-    batch = next(
-        ((i, 0) for i, node in enumerate(placeholders) if _is_batch_first(node, sites)), None
-    )
+    batch = next((i for i, node in enumerate(placeholders) if _is_batch_first(node, sites)), None)
     return RouteIO(
         layers=tuple(site.layer for site in sites),
         layer_names=tuple(planner.layer_name(site) for site in sites),
         static=tuple(_takes_full(site, plan) for site in sites),
-        decides=any(_starts_prompt(site) for site in sites),
+        decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
         batch_input=batch,
     )
@@ -67,16 +65,14 @@ def _is_batch_first(node: fx.Node, sites: list[AttentionSite]) -> bool:
     value = node.meta.get("example_value")
     if not sites or not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return False
-    return value.dim() in (2, 3) and value.shape[:2] == (sites[0].q_shape[0], sites[0].q_shape[2])
+    batch, _, queries, _ = sites[0].q_shape
+    leading = value.dim() in (2, 3) and same_size(value.shape[0], batch)
+    return leading and same_size(value.shape[1], queries)
 
 
 def _takes_full(site: AttentionSite, plan: RoutingPlan) -> bool:
     policy = plan.policies.get(site.layer, Policy.FULL)
     return policy is Policy.FULL or site.not_routed is not None
-
-
-def _starts_prompt(site: AttentionSite) -> bool:
-    return not site.has_past or (site.cache is CacheKind.STATIC and not site.is_decode)
 
 
 def _append_output(gm: fx.GraphModule, decided: list[fx.Node], sites: list[AttentionSite]) -> None:

@@ -60,7 +60,8 @@ class RouteIO:
         decides: this call may be the first of a prompt, so its routes are worth recording.
         static: routes that hold whatever the prompt is, one bool a layer, or None.
         model_key: position among the inputs of a parameter of the model, or None.
-        batch_input: position and axis of an input that has the batch size.
+        batch_input: position of an input whose first axis is the batch, or None.
+        strict: raise where a cache's routes are lost.
     """
 
     layers: tuple[int, ...] = ()
@@ -71,8 +72,15 @@ class RouteIO:
     decides: bool = False
     static: tuple[bool, ...] | None = None
     model_key: int | None = None
-    batch_input: tuple[int, int] | None = None
+    batch_input: int | None = None
     strict: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """True where a call has no routes to bring, hand on or record."""
+        if self.static is None:
+            return not self.layers
+        return not self.decides or self.model_key is None or self.batch_input is None
 
 
 class CompiledGraph:
@@ -85,8 +93,6 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         io = self._io
-        if not io.layers:
-            return self._compiled(*inputs)
         if io.static is not None:
             self._record_static(inputs)
             return self._compiled(*inputs)
@@ -104,7 +110,7 @@ class CompiledGraph:
             kept = None
         routes = kept.for_layers(self._io.layers, key.shape[0]) if kept is not None else None
         if routes is None:
-            if not (self._io.decides and self._io.past_key is not None):
+            if not self._io.decides:
                 self._report_lost()
             shape = key.shape[0], len(self._io.layers)
             routes = torch.ones(shape, dtype=torch.bool, device=key.device)
@@ -135,10 +141,7 @@ class CompiledGraph:
 
     def _record_static(self, inputs: Sequence[Any]) -> None:
         io = self._io
-        if not io.decides or io.model_key is None or io.batch_input is None:
-            return
-        position, axis = io.batch_input
-        routes = torch.tensor([io.static]).expand(inputs[position].shape[axis], -1)
+        routes = torch.tensor([io.static]).expand(inputs[io.batch_input].shape[0], -1)
         record_routes(inputs[io.model_key], Routes(routes, io.layer_names))
 
 

@@ -25,7 +25,7 @@ from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
-from fluxcompile.passes.site import AttentionSite, CacheKind, CausalMask, Skip, SkipReason
+from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
 
 
 def branch_attention(
@@ -87,25 +87,16 @@ def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:
     policy = plan.policies.get(site.layer, Policy.FULL)
     if policy is Policy.FULL:
         return policy
-    config, window = plan.config, _window(site)
+    config, window = plan.config, site.window
     if window and window <= config.local:
         site.not_routed = Skip(SkipReason.WINDOW_WITHIN_LOCAL, f"{window} <= {config.local}")
     elif window and site.has_past and _trimmed(site) and not _sink_known(site):
         site.not_routed = Skip(SkipReason.SLIDING_CACHE, f"window {window}")
-    elif policy is Policy.ROUTER and site.query_tap is None and _decides(site):
+    elif policy is Policy.ROUTER and site.query_tap is None and site.may_start_prompt:
         site.not_routed = site.not_routed or Skip(SkipReason.QUERY_NOT_FOUND)
     else:
         return policy
     return Policy.FULL
-
-
-def _window(site: AttentionSite) -> int:
-    return site.mask.window if isinstance(site.mask, CausalMask) else 0
-
-
-def _decides(site: AttentionSite) -> bool:
-    """True where this call may be the first of a prompt."""
-    return not site.has_past or (site.cache is CacheKind.STATIC and not site.is_decode)
 
 
 def _trimmed(site: AttentionSite) -> bool:
@@ -206,7 +197,7 @@ def _emit(branch: Branch, emitter: Emitter, site: AttentionSite) -> fx.Node:
 def _retrieves(site: AttentionSite, plan: RoutingPlan) -> bool:
     """True where full attention is to be replaced: in a routed layer without a window of its own
     (which is cheap as it is), on a prompt long enough to make a difference."""
-    routed = site.layer in plan.policies and site.not_routed is None and not _window(site)
+    routed = site.layer in plan.policies and site.not_routed is None and not site.window
     return routed and plan.retrieval != "full" and not _is_full(plan.retrieval, site, plan.config)
 
 
@@ -220,7 +211,7 @@ def _is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
 
 
 def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
-    plain = operands.is_plain_causal and not _window(site) and not site.softcap
+    plain = operands.is_plain_causal and not site.window and not site.softcap
     if plain and same_size(site.q_shape[2], site.k_shape[2]):
         grouped = not same_size(site.q_shape[1], site.k_shape[1])
         return Branch(
@@ -231,7 +222,7 @@ def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
         )
     return Branch(
         torch.ops.flux.full_attention.default,
-        (site.q, site.k, site.v, *operands.as_args(), _window(site), site.scale, site.softcap),
+        (site.q, site.k, site.v, *operands.as_args(), site.window, site.scale, site.softcap),
     )
 
 
@@ -256,6 +247,6 @@ def _sparse_branch(
         (
             *(site.q, site.k, site.v, *operands.as_args(), route),
             *(getattr(config, field) for field in FIELDS[mode]),
-            *(_window(site), site.scale, site.softcap),
+            *(site.window, site.scale, site.softcap),
         ),
     )

@@ -73,4 +73,4 @@ def _classify_concatenation(site: AttentionSite, past: fx.Node) -> None:
 
 def _reads_input_cache(site: AttentionSite) -> bool:
     """True where as many keys as the attention reads cannot come from this call's tokens."""
-    return site.k_shape[2] != site.q_shape[2]
+    return not same_size(site.k_shape[2], site.q_shape[2])

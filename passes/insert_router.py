@@ -1,4 +1,4 @@
-"""Put the layer routers into the graph, as constants, right behind the query they read.
+"""Put the layer routers into the graph, as constants, in front of the attention they route.
 
 Legal because a router only reads: it adds a decision per row and changes no value that the model
 already computes.
@@ -33,6 +33,7 @@ class RouteSource:
         self._emitter = emitter
         self._masks = masks
         self._positions: dict[MaskOperands, fx.Node] = {}
+        self._unreadable_masks: dict[MaskOperands, fx.Node] = {}
         self.routes_input: fx.Node | None = None
         self.columns: list[AttentionSite] = []
         self.decided: list[fx.Node] = []
@@ -90,11 +91,16 @@ class RouteSource:
             pooled = emitter.call(pool_query, (query, positions), like=site.output)
             logits = emitter.graph.call_module(name, (pooled,))
             route = emitter.call(full_attention_rows, (logits,))
-            if masks.flags is not None and masks.dense_mask is not None:
-                readable = emitter.method("to", emitter.item(masks.flags, 0), device)
-                unreadable = emitter.call(torch.logical_not, (readable,))
-                route = emitter.call(torch.logical_or, (route, unreadable))
+            if masks.dense_mask is not None:
+                route = emitter.call(torch.logical_or, (route, self._unreadable(masks, device)))
         return route
+
+    def _unreadable(self, masks: MaskOperands, device: torch.device) -> fx.Node:
+        """bool [] on the device, brought there once: the given mask was not what it should be."""
+        if masks not in self._unreadable_masks:
+            readable = self._emitter.method("to", self._emitter.item(masks.flags, 0), device)
+            self._unreadable_masks[masks] = self._emitter.call(torch.logical_not, (readable,))
+        return self._unreadable_masks[masks]
 
     def _pool_positions(self, site: AttentionSite, masks: MaskOperands, pool_size: int) -> fx.Node:
         if masks not in self._positions:

@@ -11,7 +11,7 @@ from torch import fx
 from fluxcompile.kernels.decode.bounds import decode_bounds
 from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import as_expr, same_size, value_of
-from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask
+from fluxcompile.passes.site import AttentionSite, GivenMask
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MaskOperandCache:
         valid = self._key_valid(site)
         # A given mask row says by itself which keys its one query sees.
         q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
-        window = site.mask.window if isinstance(site.mask, CausalMask) else 0
+        window = site.window
         sizes = as_expr(site.q_shape[0]), as_expr(site.k_shape[2])
         key = (valid, q_start, sink, local, window, sparse, *sizes)
         if key not in self._decode:
@@ -114,8 +114,7 @@ class MaskOperandCache:
             key = ("positions", site.mask.node)
             if key not in self._starts:
                 with emitter.graph.inserting_before(site.output):
-                    first = emitter.item(site.write_positions, slice(0, 1))
-                    self._starts[key] = emitter.method("to", first, torch.int32)
+                    self._starts[key] = emitter.method("to", self.write_start(site), torch.int32)
             return self._starts[key]
         offset = site.mask.offset
         if offset is None:

@@ -142,6 +142,16 @@ class AttentionSite:
         return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC)
 
     @property
+    def window(self) -> int:
+        """The layer's own sliding window in keys, 0 for none."""
+        return self.mask.window if isinstance(self.mask, CausalMask) else 0
+
+    @property
+    def may_start_prompt(self) -> bool:
+        """True where this call may be the first of a prompt."""
+        return not self.has_past or (self.cache is CacheKind.STATIC and not self.is_decode)
+
+    @property
     def is_decode(self) -> bool:
         """One query token on top of a cache: no host decision, device-side routes."""
         return self.has_past and self.q_shape[2] == 1
