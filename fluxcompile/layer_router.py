@@ -24,6 +24,9 @@ class LayerRouter(nn.Module):
         head_dim: ``D``, the size of one attention head.
     """
 
+    #: which of the linear layers, in order, a SiLU follows
+    ACTIVATED = (True, False, True, True, False)
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         dim = head_dim

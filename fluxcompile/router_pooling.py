@@ -56,10 +56,18 @@ def pool_query(query: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]
         fp32 ``[B, D]``.
     """
     index, weight = positions
+    return pool_tokens(pick_tokens(query, index), weight)
+
+
+def pick_tokens(query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The tokens ``index`` ``[B, T]`` of ``query`` ``[B, H, S, D]``, as ``[B, H, T, D]``."""
     batch, heads, _, head_dim = query.shape
-    tokens = index[:, None, :, None].expand(batch, heads, index.shape[1], head_dim)
-    picked = query.gather(2, tokens).to(torch.float32)
-    return (picked * weight[:, None, :, None]).sum(dim=2).mean(dim=1)
+    return query.gather(2, index[:, None, :, None].expand(batch, heads, index.shape[1], head_dim))
+
+
+def pool_tokens(picked: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean of ``[B, H, T, D]`` over tokens, weighted by ``[B, T]``, and heads: fp32 ``[B, D]``."""
+    return (picked.to(torch.float32) * weight[:, None, :, None]).sum(dim=2).mean(dim=1)
 
 
 def full_attention_rows(logits: torch.Tensor) -> torch.Tensor:

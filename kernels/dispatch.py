@@ -16,7 +16,7 @@ def triton_module(mode: str) -> ModuleType:
         importlib.import_module("triton")
     except ImportError as error:
         raise KernelError.mismatch(
-            f"the {mode} attention kernel on CUDA",
+            f"the {mode} kernel on CUDA",
             "Triton; install it with `pip install fluxcompile[gpu]`",
             f"no module to import ({error})",
         ) from error

@@ -24,21 +24,26 @@ from fluxcompile.kernels import validation
 from fluxcompile.kernels.block_sparse.op import block_sparse_attention
 from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
+from fluxcompile.kernels.host_flag.op import await_flag, send_flag
 from fluxcompile.kernels.masks import key_masks
 from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
+from fluxcompile.kernels.router.op import route_rows
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
 from fluxcompile.kernels.triangle.op import triangle_attention
 from fluxcompile.kernels.xattention.op import xattention_attention
 
 __all__ = [
+    "await_flag",
     "block_sparse_attention",
     "decode_attention",
     "full_attention",
     "mask_bounds",
     "power_attention",
     "read_mask",
+    "route_rows",
+    "send_flag",
     "streaming_attention",
     "triangle_attention",
     "xattention_attention",

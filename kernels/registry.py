@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fluxcompile.errors import KernelError
 
 _LIBRARY = torch.library.Library("flux", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+#: an operator's operands may have any strides, or must keep those that they have in eager mode
+ANY_LAYOUT = torch.Tag.flexible_layout
+KEEPS_LAYOUT = torch.Tag.needs_fixed_stride_order
 
 #: how every prefill operator's schema takes its key mask
 KEY_MASK = "Tensor? bounds, Tensor? key_valid, Tensor? flags, Tensor? dense_mask, Tensor? q_start"
@@ -22,14 +25,16 @@ def register(
     cpu: Callable,
     cuda: Callable,
     fake: Callable,
+    layout: torch.Tag = ANY_LAYOUT,
 ) -> None:
     """Define ``flux::<name><schema>``.
 
     Args:
         check: raises :class:`KernelError` for operands that the operator cannot serve. It, like
             the three implementations, takes the operator's arguments in order.
+        layout: ``ANY_LAYOUT`` or ``KEEPS_LAYOUT``.
     """
-    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, layout))
     _LIBRARY.impl(name, _checked(check, cpu), "CPU")
     _LIBRARY.impl(name, _checked(check, cuda), "CUDA")
     _LIBRARY.impl(name, _no_autograd(name), "Autograd", with_keyset=True)
@@ -58,7 +63,7 @@ def _no_autograd(name: str) -> Callable:
 
     def kernel(keyset, *operands):
         if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in operands
+            isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(operands)
         ):
             raise KernelError.mismatch(
                 f"flux::{name} has no backward",

@@ -167,21 +167,26 @@ def _prefill(
     site.became = f"routed: {dense} or {sparse}"
     if dense != "full":
         return _pick_by_row(emitter, site, route, branch(dense), branch(sparse))
+    every_row = _decision(emitter, site, route, "all")
     with emitter.graph.inserting_before(site.output):
-        every_row = emitter.method("all", route)
         return emitter.cond(every_row, branch(dense), branch(sparse, route), like=site.output)
+
+
+def _decision(emitter: Emitter, site: AttentionSite, route: fx.Node, over_rows: str) -> fx.Node:
+    return emitter.decision(route, over_rows, site.output, behind=(site.q, site.k, site.v))
 
 
 def _pick_by_row(
     emitter: Emitter, site: AttentionSite, route: fx.Node, dense: Branch, sparse: Branch
 ) -> fx.Node:
     """Neither branch can serve the other's rows: each is computed if some row wants it."""
+    every_row = _decision(emitter, site, route, "all")
     with emitter.graph.inserting_before(site.output):
-        every_row = emitter.method("all", route)
         if same_size(site.q_shape[0], 1):
             return emitter.cond(every_row, dense, sparse, like=site.output)
-        nothing = Branch(torch.zeros_like, (site.q,), to_tokens_first=True)
-        some_row = emitter.method("any", route)
+    nothing = Branch(torch.zeros_like, (site.q,), to_tokens_first=True)
+    some_row = _decision(emitter, site, route, "any")
+    with emitter.graph.inserting_before(site.output):
         both = (
             emitter.cond(some_row, dense, nothing, like=site.output),
             emitter.cond(every_row, nothing, sparse, like=site.output),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -40,6 +41,15 @@ class Emitter:
         if like is not None:
             node.meta.update({k: like.meta[k] for k in _PROVENANCE if k in like.meta})
         return node
+
+    @contextmanager
+    def after(self, *needed: fx.Node) -> Iterator[None]:
+        """Insert as early as may be: right behind the last of ``needed`` in the graph."""
+        behind = max(needed).next
+        while behind.op == "placeholder":
+            behind = behind.next
+        with self.graph.inserting_before(behind):
+            yield
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_method(name, args, kwargs)
@@ -91,6 +101,23 @@ class Emitter:
         self._submodules += 1
         self.gm.add_submodule(name, module)
         return name
+
+    def decision(
+        self, rows: fx.Node, over_rows: str, before: fx.Node, behind: tuple[fx.Node, ...]
+    ) -> fx.Node:
+        """The predicate ``rows.all()`` or ``rows.any()`` of a branch that stands at ``before``.
+
+        On a GPU it starts for the host as soon as the rows are known, and the host waits for it
+        once ``behind``, the branch's operands, have been launched: they keep the device busy.
+        """
+        on_gpu = value_of(before).device.type == "cuda"
+        with self.after(rows):
+            predicate = self.method(over_rows, rows)
+            if not on_gpu:
+                return predicate
+            sent = self.call(torch.ops.flux.send_flag.default, (predicate,))
+        with self.graph.inserting_before(before):
+            return self.call(torch.ops.flux.await_flag.default, (sent, list(behind)))
 
     def cond(self, predicate: fx.Node, yes: Branch, no: Branch, like: fx.Node) -> fx.Node:
         """``torch.cond`` between two branches over the union of their operands."""

@@ -16,7 +16,7 @@ from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import value_of
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.site import AttentionSite, CacheKind
-from fluxcompile.router_pooling import full_attention_rows, pool_positions, pool_query
+from fluxcompile.router_pooling import pick_tokens, pool_positions
 
 #: name of the graph input that brings the rows' routes from the prefill, bool [batch, routed]
 ROUTES_INPUT = "flux_routes"
@@ -32,7 +32,7 @@ class RouteSource:
     def __init__(self, emitter: Emitter, masks: MaskOperandCache) -> None:
         self._emitter = emitter
         self._masks = masks
-        self._positions: dict[MaskOperands, fx.Node] = {}
+        self._positions: dict[MaskOperands, tuple[fx.Node, fx.Node]] = {}
         self._unreadable_masks: dict[MaskOperands, fx.Node] = {}
         self.routes_input: fx.Node | None = None
         self.columns: list[AttentionSite] = []
@@ -55,7 +55,7 @@ class RouteSource:
     def _kept(self, site: AttentionSite, column: int) -> fx.Node:
         if self.routes_input is None:
             self.routes_input = self._add_input()
-        with self._emitter.graph.inserting_before(site.output):
+        with self._emitter.after(self.routes_input):
             return self._emitter.item(self.routes_input, (slice(None), column))
 
     def _add_input(self) -> fx.Node:
@@ -73,41 +73,57 @@ class RouteSource:
         emitter = self._emitter
         start = self._masks.write_start(site)
         # A prompt of one token shows no pattern: full attention.
-        fresh = True if site.is_decode else self._decide(site, router, pool_size)
-        with emitter.graph.inserting_before(site.output):
+        fresh = None if site.is_decode else self._decide(site, router, pool_size)
+        with emitter.after(start, kept, *([] if fresh is None else [fresh])):
             begins = emitter.call(torch.eq, (start, 0))
-            return emitter.call(torch.where, (begins, fresh, kept))
+            return emitter.call(torch.where, (begins, True if fresh is None else fresh, kept))
 
     def _decide(self, site: AttentionSite, router: LayerRouter, pool_size: int) -> fx.Node:
-        emitter, tap = self._emitter, site.query_tap
+        emitter = self._emitter
         masks = self._masks.prefill(site)
-        positions = self._pool_positions(site, masks, pool_size)
+        query = self._query(site)
+        index, weight = self._pool_positions(query, masks, pool_size)
         device = value_of(site.q).device
         name = emitter.submodule("flux_router", constant_router(router, device))
-        with emitter.graph.inserting_before(site.output):
-            query = tap
-            if site.tap_axes != (0, 1, 2, 3):
-                query = emitter.method("permute", tap, *site.tap_axes)
-            pooled = emitter.call(pool_query, (query, positions), like=site.output)
-            logits = emitter.graph.call_module(name, (pooled,))
-            route = emitter.call(full_attention_rows, (logits,))
-            if masks.dense_mask is not None:
-                route = emitter.call(torch.logical_or, (route, self._unreadable(masks, device)))
-        return route
+        with emitter.after(query, index, weight):
+            matrices, biases = (
+                [emitter.graph.get_attr(f"{name}.{parameter}") for parameter in parameters]
+                for parameters in _parameters(router)
+            )
+            picked = emitter.call(pick_tokens, (query, index), like=site.output)
+            route = emitter.call(
+                torch.ops.flux.route_rows.default, (picked, weight, matrices, biases)
+            )
+        if masks.dense_mask is None:
+            return route
+        unreadable = self._unreadable(masks, device)
+        with emitter.after(route, unreadable):
+            return emitter.call(torch.logical_or, (route, unreadable))
+
+    def _query(self, site: AttentionSite) -> fx.Node:
+        """The query that the router reads, as ``[B, H, S, D]``."""
+        if site.tap_axes == (0, 1, 2, 3):
+            return site.query_tap
+        with self._emitter.after(site.query_tap):
+            return self._emitter.method("permute", site.query_tap, *site.tap_axes)
 
     def _unreadable(self, masks: MaskOperands, device: torch.device) -> fx.Node:
         """bool [] on the device, brought there once: the given mask was not what it should be."""
         if masks not in self._unreadable_masks:
-            readable = self._emitter.method("to", self._emitter.item(masks.flags, 0), device)
-            self._unreadable_masks[masks] = self._emitter.call(torch.logical_not, (readable,))
+            with self._emitter.after(masks.flags):
+                readable = self._emitter.method("to", self._emitter.item(masks.flags, 0), device)
+                self._unreadable_masks[masks] = self._emitter.call(torch.logical_not, (readable,))
         return self._unreadable_masks[masks]
 
-    def _pool_positions(self, site: AttentionSite, masks: MaskOperands, pool_size: int) -> fx.Node:
+    def _pool_positions(
+        self, query: fx.Node, masks: MaskOperands, pool_size: int
+    ) -> tuple[fx.Node, fx.Node]:
         if masks not in self._positions:
-            with self._emitter.graph.inserting_before(site.output):
-                self._positions[masks] = self._emitter.call(
-                    pool_positions, (site.q, masks.key_valid, pool_size)
-                )
+            valid = [] if masks.key_valid is None else [masks.key_valid]
+            with self._emitter.after(query, *valid):
+                positions = self._emitter.call(pool_positions, (query, masks.key_valid, pool_size))
+                index, weight = (self._emitter.item(positions, i) for i in range(2))
+            self._positions[masks] = index, weight
         return self._positions[masks]
 
 
@@ -115,3 +131,9 @@ def constant_router(router: LayerRouter, device: torch.device) -> LayerRouter:
     """A frozen copy on the graph's device: later changes to the router do not reach the graph."""
     constant = copy.deepcopy(router).to(device).eval()
     return constant.requires_grad_(False)
+
+
+def _parameters(router: LayerRouter) -> tuple[list[str], list[str]]:
+    """Names of the linear layers' matrices and of their biases, in order."""
+    names = [name for name, _ in router.named_parameters()]
+    return names[0::2], names[1::2]

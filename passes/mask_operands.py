@@ -90,7 +90,7 @@ class MaskOperandCache:
 
     def write_start(self, site: AttentionSite) -> fx.Node:
         """int64 [1], the first cache slot that this call writes (static caches)."""
-        with self._emitter.graph.inserting_before(site.output):
+        with self._emitter.after(site.write_positions):
             return self._emitter.item(site.write_positions, slice(0, 1))
 
     def _start_or_aligned(self, site: AttentionSite, q_start: fx.Node | None) -> fx.Node:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from fluxcompile.kernels.decode.triton import Config as DecodeConfig
+from fluxcompile.kernels.router import triton as router_triton
 from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.streaming.triton import Config
 
-from . import cases, triton_checks
+from . import cases, router_cases, triton_checks
 
 TOKENS = 100
 TILES = Config(16, 16, 4, 1)
@@ -67,3 +68,8 @@ def test_decode(case):
 def test_decode_half(splits):
     case = cases.named("mixed-holes-decode")
     triton_checks.check_decode(case, torch.float16, "cpu", DecodeConfig(32, 4, 1), splits)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 70, 24), (1, 2, 5, 16)], ids=str)
+def test_router(shape):
+    router_cases.check(router_triton.route_rows, router_cases.operands(*shape))

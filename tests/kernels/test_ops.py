@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from fluxcompile.errors import KernelError
 from fluxcompile.kernels import ops
 
-from . import cases, sparse_cases
+from . import cases, router_cases, sparse_cases
 
 MIXED = cases.named("mixed-left")
 FULL = cases.named("full-left")
@@ -43,6 +44,7 @@ def calls():
             flux.decode_attention.default,
             (*bare_step.operands[:4], None, None, 0.1, 0.0),
         ),
+        "route_rows": (flux.route_rows.default, router_cases.operands(heads=3, width=16)),
         **{mode: sparse_call(mode) for mode in sparse_cases.MODES},
     }
 
@@ -67,7 +69,7 @@ def test_fake_matches_reality(call):
     op, args = calls()[call]
     real = op(*args)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        fake = op(*tree_map_only(torch.Tensor, mode.from_tensor, args))
     real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, fake))
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)

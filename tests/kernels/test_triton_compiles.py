@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
+from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
 from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -87,3 +88,12 @@ def test_decode_compiles(head_dim, element, config):
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 64}
     combine = compiled(decode_triton.combine_kernel, config, element, constants)
     assert combine.metadata.shared <= SHARED_MEMORY
+
+
+def test_router_compiles():
+    config = decode_triton.Config(0, 4, 1)
+    sizes = {"HEADS": 32, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_T": 64}
+    compiled(router_triton.pool_kernel, config, "bf16", sizes)
+    sizes = {"PARTS": 32, "BLOCK_P": 32, "IN": 128, "OUT": 1024, "BLOCK_K": 128, "BLOCK_N": 16}
+    compiled(router_triton.linear_kernel, config, "fp32", {**sizes, "ACTIVATED": True})
+    compiled(router_triton.decide_kernel, config, "fp32", {"IN": 128, "BLOCK_K": 128})

@@ -20,6 +20,7 @@ from .graphs import CONFIG, SDPA, Layer, hidden, op_counts, qkv, record
 
 FULL_OP, SPARSE_OP = "full_attention.default", "streaming_attention.default"
 DECODE_OP, BOUNDS_OP = "decode_attention.default", "mask_bounds.default"
+ROUTE_OP = "route_rows.default"
 #: what masks are made of, and what expands keys and values
 DENSE = {"le", "lt", "gt", "ge", "and_", "where", "masked_fill", "expand", "softmax", "__and__"}
 LONG = FluxConfig(sink=128, local=2048)
@@ -133,7 +134,7 @@ def test_routed_prefill_has_one_branch_a_layer(family, padded):
     assert counts["cond"] == hf.LAYERS
     assert attention_ops(result.gm) == {}  # all inside the branches
     assert not DENSE & set(counts)
-    assert counts["pool_query"] == counts["full_attention_rows"] == hf.LAYERS
+    assert counts["pick_tokens"] == counts[ROUTE_OP] == hf.LAYERS
     assert counts["pool_positions"] == 1
     assert counts[BOUNDS_OP] == padded
     branches = [m for name, m in result.gm.named_children() if name.startswith("flux_branch")]
@@ -154,7 +155,7 @@ def test_routed_decode_reads_routes_on_the_device(cache):
     assert result.routes.routes_input.op == "placeholder"
     last = [node for node in result.gm.graph.nodes if node.op == "placeholder"][-1]
     assert last is result.routes.routes_input
-    assert counts["pool_query"] == 0
+    assert counts[ROUTE_OP] == 0
     assert {site.became for site in result.sites} == {"decode by device-side route"}
 
 

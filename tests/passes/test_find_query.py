@@ -299,9 +299,9 @@ def test_the_router_reads_the_tap():
         torch.manual_seed(2)
         recorded = record(Layer(rotary=rotary, norm=RMSNorm(DIM)), x)
         result = recorded.rewrite(Policy.ROUTER)
-        (pooled,) = [n for n in result.gm.graph.nodes if op_name(n) == "pool_query"]
+        (picked,) = [n for n in result.gm.graph.nodes if op_name(n) == "pick_tokens"]
         output = next(iter(reversed(result.gm.graph.nodes)))
-        output.args = ((pooled,),)
+        output.args = ((picked,),)
         result.gm.recompile()
         routes += recorded.run(result.gm)
     torch.testing.assert_close(*routes)

@@ -11,7 +11,6 @@ from fluxcompile.kernels.triangle import reference as triangle
 from fluxcompile.kernels.xattention import reference as xattention
 from fluxcompile.passes.branch_attention import FIELDS
 from fluxcompile.passes.plan import Policy
-from fluxcompile.router_pooling import full_attention_rows
 
 from .graphs import op_counts, record
 
@@ -89,7 +88,9 @@ def test_where_short_is_full_the_operator_agrees(mode):
 def routed(recorded, rows, **fields):
     """The rewritten graph's output where the rows' routes are ``rows``, and its one site."""
     result = recorded.rewrite(Policy.ROUTER, config_of("streaming", **fields))
-    (node,) = result.gm.graph.find_nodes(op="call_function", target=full_attention_rows)
+    (node,) = result.gm.graph.find_nodes(
+        op="call_function", target=torch.ops.flux.route_rows.default
+    )
     with result.gm.graph.inserting_after(node):
         given = result.gm.graph.call_function(torch.tensor, (list(rows),))
     node.replace_all_uses_with(given)
