@@ -61,6 +61,22 @@ class Result:
     error: float | None = None
 
 
+@dataclass(frozen=True)
+class RouterCost:
+    """Seconds by which a routed call took longer, pair by pair; a graph against itself."""
+
+    added: list[float]
+    control: list[float]
+
+    def __str__(self) -> str:
+        return f"{_middle(self.added)}; a graph against itself: {_middle(self.control)}"
+
+
+def _middle(added: list[float]) -> str:
+    low, median, high = (1000 * value for value in statistics.quantiles(added, n=4))
+    return f"{median:+.2f} ms (quartiles {low:+.2f} to {high:+.2f})"
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,7 +98,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--router-pairs",
         type=int,
         default=0,
-        help="time this many pairs of calls, without and with routers in turn: what routers cost",
+        help="time this many pairs of calls (2 or more), without and with routers: what routers cost",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
@@ -119,11 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         record["results"] += [asdict(result) for result in results]
         if args.router_pairs:
             cost = prefill.router_cost(args.router_pairs)
-            record.setdefault("router_cost", {})[length] = cost
-            print(
-                f"all {prefill.layers} routers together, {length} tokens: {1000 * cost:+.2f} ms "
-                f"(median of {args.router_pairs} pairs)"
-            )
+            record.setdefault("router_cost", {})[length] = asdict(cost)
+            print(f"all {prefill.layers} routers together, {length} tokens: {cost}")
         write_json(args.json, record)
         if prefill.wrong:
             raise SystemExit(f"wrong at {length} tokens: {prefill.wrong}")
@@ -170,28 +183,37 @@ class Prefill:
         return results
 
     @torch.no_grad()
-    def router_cost(self, pairs: int) -> float:
-        """Seconds that the routers add: the median difference of calls made in turn.
+    def router_cost(self, pairs: int) -> RouterCost:
+        """What the routers add to one call, from pairs of calls made one after the other.
 
-        Clocks and power drift by more than routers cost, so peers timed one after the other do
-        not tell.
+        Clocks and power drift by more than routers cost, and the second call of a pair meets a
+        warmer GPU: each pair is timed in both orders, and the same graph against itself tells
+        what is left of either. Inductor tunes pointwise kernels by timing them, so that the same
+        kernel may come out slower in one of two graphs; here neither graph is tuned.
         """
-        without = self.flux(routes="full")
+        untuned = {"triton.autotune_pointwise": False} if self.args.device == "cuda" else {}
+        without = self.flux(routes="full", inductor=untuned)
         self.last_logits(without)
         router = fluxcompile.FluxRouter.from_model(self.model, self.config)
         fluxcompile.attach(self.model, router.to(self.args.device))
-        routed = self.flux(routes="router")
-        differences = []
-        for turn in range(-2, pairs):
-            plain, with_router = (
-                median_seconds(lambda call=call: self.last_logits(call), 1, self.args.device)
-                for call in (without, routed)
-            )
-            if turn >= 0:  # the first turns warm up
-                differences.append(with_router - plain)
+        routed = self.flux(routes="router", inductor=untuned)
+        for call in (routed, without, routed):
+            self.last_logits(call)
+        cost = RouterCost(
+            added=[self.difference(without, routed) for _ in range(pairs)],
+            control=[self.difference(without, without) for _ in range(pairs)],
+        )
         fluxcompile.detach(self.model)
         forget_compiled(self.args.device)
-        return statistics.median(differences)
+        return cost
+
+    def difference(self, one: Callable, other: Callable) -> float:
+        """Seconds that ``other`` takes longer than ``one``, the mean over both orders."""
+        turns = [(one, -0.5), (other, 0.5), (other, 0.5), (one, -0.5)]
+        return sum(
+            sign * median_seconds(lambda call=call: self.last_logits(call), 1, self.args.device)
+            for call, sign in turns
+        )
 
     def callable(self, peer: str) -> Callable:
         if peer == "eager":

@@ -110,12 +110,11 @@ class Emitter:
         On a GPU it starts for the host as soon as the rows are known, and the host waits for it
         once ``behind``, the branch's operands, have been launched: they keep the device busy.
         """
-        on_gpu = value_of(before).device.type == "cuda"
+        if value_of(before).device.type != "cuda":
+            with self.after(rows):
+                return self.method(over_rows, rows)
         with self.after(rows):
-            predicate = self.method(over_rows, rows)
-            if not on_gpu:
-                return predicate
-            sent = self.call(torch.ops.flux.send_flag.default, (predicate,))
+            sent = self.call(torch.ops.flux.send_flag.default, (rows, over_rows == "any"))
         with self.graph.inserting_before(before):
             return self.call(torch.ops.flux.await_flag.default, (sent, list(behind)))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fluxcompile.kernels.launch import row_strides, unit_stride
 from fluxcompile.layer_router import LayerRouter
 
-_TOKENS = 64  # query tokens a step
+_TOKENS = 256  # query tokens a step, at most
 _PROGRAMS = 64  # programs that a matrix is dealt out to
 _COLUMNS = 1024  # columns of a matrix a step
 _TILE = 16384  # elements of a matrix a step
@@ -96,8 +96,8 @@ def route_rows(
     with torch.cuda.device_of(picked):
         pool_kernel[(heads, batch)](
             picked, token_weight.contiguous(), x, tokens, *row_strides(picked),
-            HEADS=heads, HEAD_DIM=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_T=_TOKENS,
-            num_warps=8,
+            HEADS=heads, HEAD_DIM=width, BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_T=min(triton.next_power_of_2(tokens), _TOKENS), num_warps=16,
         )  # fmt: skip
         parts = heads
         *hidden, last = zip(matrices, biases, LayerRouter.ACTIVATED, strict=True)

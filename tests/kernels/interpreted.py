@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fluxcompile.kernels.decode.triton import Config as DecodeConfig
+from fluxcompile.kernels.host_flag import triton as flag_triton
 from fluxcompile.kernels.router import triton as router_triton
 from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.streaming.triton import Config
@@ -73,3 +74,11 @@ def test_decode_half(splits):
 @pytest.mark.parametrize("shape", [(3, 3, 70, 24), (1, 2, 5, 16)], ids=str)
 def test_router(shape):
     router_cases.check(router_triton.route_rows, router_cases.operands(*shape))
+
+
+@pytest.mark.parametrize("any_row", [True, False], ids=["any", "all"])
+@pytest.mark.parametrize("true", [0, 1, 70], ids=str)
+def test_router_flag(true, any_row):
+    rows, flag = torch.arange(70) < true, torch.tensor(False)
+    flag_triton.write_flag(rows, any_row, flag)
+    assert flag.item() is (true > 0 if any_row else true == 70)

@@ -7,18 +7,26 @@ from torch._inductor.utils import run_and_get_code
 from fluxcompile.errors import KernelError
 from fluxcompile.kernels import ops
 
-from . import cases
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ROWS = [(True,), (False,), (True, True, False), (False, False), (True,) * 70, (False,) * 70]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("value", [True, False], ids=cases.name)
-def test_arrives(value, device):
-    sent = ops.send_flag(torch.tensor(value, device=device))
-    arrived = ops.await_flag(sent)
-    assert arrived.device.type == "cpu"
-    assert arrived.item() is value
+@pytest.mark.parametrize("rows", ROWS, ids=lambda rows: f"{sum(rows)}-of-{len(rows)}")
+def test_arrives(rows, device):
+    given = torch.tensor(rows, device=device)
+    every = ops.await_flag(ops.send_flag(given))
+    some = ops.await_flag(ops.send_flag(given, any_row=True))
+    assert every.device.type == some.device.type == "cpu"
+    assert every.item() is all(rows)
+    assert some.item() is any(rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_a_wider_tensor(device):
+    routes = torch.tensor([[True, False], [True, False]], device=device)
+    flags = [ops.await_flag(ops.send_flag(rows)).item() for rows in routes.unbind(1)]
+    assert flags == [True, False]
 
 
 @pytest.mark.gpu
@@ -26,7 +34,7 @@ def test_arrives_whatever_the_device_does_meanwhile():
     """Many flags under way at once, behind and before long work, each keeps its own value."""
     work = torch.randn(4096, 4096, device="cuda")
     for _ in range(5):
-        values = (torch.rand(20, device="cuda") < 0.5).unbind()
+        values = (torch.rand(20, 1, device="cuda") < 0.5).unbind()
         sent = []
         for value in values:
             sent.append(ops.send_flag(value.logical_not().logical_not()))
@@ -37,27 +45,30 @@ def test_arrives_whatever_the_device_does_meanwhile():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_operators_keep_their_contract(device):
-    flag = torch.tensor(True, device=device)
+    rows = torch.tensor([True, False], device=device)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.flux.send_flag.default, (flag,), test_utils=tests)
-    torch.library.opcheck(torch.ops.flux.await_flag.default, (flag.cpu(), [flag]), test_utils=tests)
+    torch.library.opcheck(torch.ops.flux.send_flag.default, (rows, True), test_utils=tests)
+    sent = torch.tensor(True), [rows]
+    torch.library.opcheck(torch.ops.flux.await_flag.default, sent, test_utils=tests)
 
 
 def test_inductor_waits_behind_what_is_to_be_launched_first():
     def step(x, weight):
-        sent = ops.send_flag(x.sum() > 0)
+        sent = ops.send_flag(x.sum(-1) > 0)
         y = x @ weight
         return torch.where(ops.await_flag(sent, [y]), y, x)
 
-    x, weight = torch.randn(8, 8), torch.randn(8, 8)
+    x, weight = torch.rand(8, 8), torch.randn(8, 8)
     out, (code,) = run_and_get_code(torch.compile(step), x, weight)
     places = [code.index(call) for call in ("flux.send_flag", "extern_kernels.mm", "await_flag")]
     assert places == sorted(places)
-    torch.testing.assert_close(out, x @ weight if x.sum() > 0 else x)
+    torch.testing.assert_close(out, x @ weight)
 
 
 def test_refuses_what_is_no_flag():
-    with pytest.raises(KernelError, match=r"expected bool \[\]"):
-        ops.send_flag(torch.ones(2, dtype=torch.bool))
-    with pytest.raises(KernelError, match=r"expected bool \[\]"):
+    with pytest.raises(KernelError, match=r"expected bool \[B\]"):
+        ops.send_flag(torch.ones((), dtype=torch.bool))
+    with pytest.raises(KernelError, match=r"expected bool \[B\]"):
+        ops.send_flag(torch.ones(2))
+    with pytest.raises(KernelError, match=r"expected bool \[\] on cpu"):
         ops.await_flag(torch.tensor(1))

@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
+from fluxcompile.kernels.host_flag import triton as flag_triton  # noqa: E402
 from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
 from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
 
@@ -18,7 +19,7 @@ SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
 FLOATS = ("score_scale", "cap_scale", "softcap", "threshold")
 TYPES = {
     "p_bounds": "*i32", "p_q_start": "*i32", "p_route": "*u8", "p_valid": "*u8", "p_mask": "*u8",
-    "p_list": "*i16", "p_count": "*i32",
+    "p_list": "*i16", "p_count": "*i32", "p_rows": "*u8", "p_flag": "*u8",
 }  # fmt: skip
 PARTIAL = ("p_part", "p_max", "p_sum")
 
@@ -97,3 +98,4 @@ def test_router_compiles():
     sizes = {"PARTS": 32, "BLOCK_P": 32, "IN": 128, "OUT": 1024, "BLOCK_K": 128, "BLOCK_N": 16}
     compiled(router_triton.linear_kernel, config, "fp32", {**sizes, "ACTIVATED": True})
     compiled(router_triton.decide_kernel, config, "fp32", {"IN": 128, "BLOCK_K": 128})
+    compiled(flag_triton.flag_kernel, config, "u8", {"ANY": False, "BLOCK": 32})

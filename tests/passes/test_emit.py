@@ -51,12 +51,10 @@ def test_a_decision_on_the_cpu_is_the_reduction_itself():
 def test_a_decision_on_a_gpu_leaves_early_and_is_awaited_late(over_rows):
     emitter, sin, cos, total = graph_on("cuda")
     awaited = emitter.decision(sin, over_rows, before=total, behind=(cos,))
-    names = [str(node.target).rpartition("flux.")[2] for node in emitter.graph.nodes]
-    early = names.index(over_rows)
-    assert names[early + 1] == "send_flag.default"
-    assert early < names.index(str(cos.target))
-    assert awaited.next is total
     (sent, behind) = awaited.args
+    assert sent.prev is sin
     assert sent.target is torch.ops.flux.send_flag.default
+    assert sent.args == (sin, over_rows == "any")
+    assert awaited.next is total
     assert list(behind) == [cos]
     emitter.graph.lint()
