@@ -98,7 +98,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--router-pairs",
         type=int,
         default=0,
-        help="time this many pairs of calls (2 or more), without and with routers: what routers cost",
+        help="time this many pairs of calls without and with routers, 2 or more: what routers cost",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
