@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import fluxcompile
 from fluxcompile import smollm2
@@ -97,9 +97,18 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
     config = fluxcompile.FluxConfig(sink=smollm2.STATIC_SINK, local=smollm2.STATIC_LOCAL)
 
     def answer(label: str, max_new_tokens: int = settings.max_new_tokens) -> Generation:
+        cache = DynamicCache(config=model.config)
         with ticking(console, label, max_new_tokens) as tick:
+
+            def on_token(done: int) -> None:
+                tick(done)
+                if done == 1:
+                    say_that_it_grows(cache)
+
             return greedy(
-                model, prompt.input_ids, prompt.attention_mask, max_new_tokens, on_token=tick
+                *(model, prompt.input_ids, prompt.attention_mask, max_new_tokens),
+                on_token=on_token,
+                past_key_values=cache,
             )
 
     eager = answer("eager: reading and answering")
@@ -132,13 +141,19 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> bool:
 
 
 def compile_flux(model: PreTrainedModel, options: dict) -> None:
-    """Forget what was compiled before and compile anew on the next call.
-
-    ``dynamic=True``: lengths are symbols from the start, so one prefill and one decode graph
-    serve every length; otherwise the second decode step would compile again.
-    """
+    """Forget what was compiled before and compile anew on the next call."""
     torch._dynamo.reset()
-    model.compile(backend="flux", dynamic=True, options=options)
+    model.compile(backend="flux", options=options)
+
+
+def say_that_it_grows(cache: DynamicCache) -> None:
+    """The next graph takes the cache's length as a symbol: one decode graph serves every step.
+
+    Dynamo would find out by itself, at the price of compiling the second decode step again.
+    """
+    for layer in cache.layers:
+        for buffer in (layer.keys, layer.values):
+            torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 
 def layer_table(routes: fluxcompile.Routes, config: fluxcompile.FluxConfig, length: int) -> Table:

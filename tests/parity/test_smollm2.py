@@ -4,6 +4,7 @@ import pydoc_data.topics
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import fluxcompile
 from fluxcompile import smollm2
@@ -30,6 +31,17 @@ def real():
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.generation_config.eos_token_id = None
     return model.requires_grad_(False), tokenizer
+
+
+def test_the_architecture_is_what_the_file_says(real):
+    file = smollm2.gguf_path()
+    written = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    given = real[0].config
+    rounded = {"rms_norm_eps": pytest.approx(written.rms_norm_eps, rel=1e-6)}
+    for name in smollm2.ARCHITECTURE:
+        assert getattr(given, name) == rounded.get(name, getattr(written, name)), name
+    assert given.hidden_act == written.hidden_act
+    assert not (written.attention_bias or written.mlp_bias)
 
 
 def text(tokenizer, words) -> Prompt:
