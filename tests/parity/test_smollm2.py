@@ -41,7 +41,8 @@ def test_the_architecture_is_what_the_file_says(real):
     for name in smollm2.ARCHITECTURE:
         assert getattr(given, name) == rounded.get(name, getattr(written, name)), name
     assert given.hidden_act == written.hidden_act
-    assert not (written.attention_bias or written.mlp_bias)
+    assert not written.attention_bias
+    assert not written.mlp_bias
 
 
 def text(tokenizer, words) -> Prompt:
