@@ -105,8 +105,9 @@ def _trimmed(site: AttentionSite) -> bool:
 
 
 def _sink_known(site: AttentionSite) -> bool:
-    """Decode can count the dropped sink tokens where the mask reads validity at an offset."""
-    return site.is_decode and site.mask.valid is not None
+    """Decode can count the dropped sink tokens where the mask reads validity at an offset, or the
+    cache counts what it has seen."""
+    return site.is_decode and (site.mask.valid is not None or site.past_length is not None)
 
 
 def _decode(

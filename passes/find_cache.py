@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
+from torch._dynamo.source import AttrSource
+from torch._guards import Source
 
 from fluxcompile.passes.graph_util import argument, is_tensor, op_name, same_size, value_of
 from fluxcompile.passes.site import AttentionSite, CacheKind
 from fluxcompile.passes.views import index_symbols, upstream
 
+#: what transformers' sliding caches call the number of tokens they have seen
+_SEEN = "cumulative_length"
 _ALLOCATES = {"zeros", "empty", "new_zeros", "new_empty", "zeros_like", "empty_like", "full"}
 
 
 def find_caches(sites: list[AttentionSite]) -> None:
-    """Set ``cache``, ``past_key`` and ``write_positions``. Run after the keys are unexpanded."""
+    """Set the fields of a site that tell of its cache. Run after the keys are unexpanded."""
     for site in sites:
         if site.skip is None:
             _classify(site)
@@ -67,8 +72,28 @@ def _classify_concatenation(site: AttentionSite, past: fx.Node) -> None:
         site.cache = CacheKind.DYNAMIC_NEW
     elif past.op == "placeholder" and value_of(past).dim() == 4:
         site.cache, site.past_key = CacheKind.DYNAMIC, past
+        site.past_length = _tokens_seen(past)
     else:
         site.cache = CacheKind.UNKNOWN
+
+
+def _tokens_seen(past: fx.Node) -> fx.Node | None:
+    """The count that the object which holds the keys keeps beside them, if it is an input."""
+    keys = _source(past)
+    for node in past.graph.nodes:
+        if node.op != "placeholder":
+            return None
+        source = _source(node)
+        if isinstance(source, AttrSource) and source.member == _SEEN:
+            is_int = isinstance(value_of(node), (int, torch.SymInt))
+            if is_int and isinstance(keys, AttrSource) and source.base == keys.base:
+                return node
+    return None
+
+
+def _source(placeholder: fx.Node) -> Source | None:
+    """Where Dynamo found an input in the user's program."""
+    return getattr(placeholder, "_dynamo_source", None)
 
 
 def _reads_input_cache(site: AttentionSite) -> bool:

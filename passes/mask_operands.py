@@ -167,10 +167,17 @@ class MaskOperandCache:
         return valid
 
     def _dropped(self, site: AttentionSite) -> fx.Node | None:
-        """int64 [B]: valid tokens that a sliding cache no longer holds."""
-        if site.mask.valid is None or site.mask.valid_offset == 0:
-            return None
+        """int64 [B] or [1]: valid tokens that a sliding cache no longer holds."""
         emitter = self._emitter
+        if site.mask.valid is None:
+            if site.past_length is None:
+                return None
+            seen = as_expr(site.past_length) + as_expr(site.q_shape[2])
+            with emitter.graph.inserting_before(site.output):
+                gone = emitter.size(sympy.expand(seen - as_expr(site.k_shape[2])))
+                return self._filled(gone, site)
+        if site.mask.valid_offset == 0:
+            return None
         with emitter.graph.inserting_before(site.output):
             stop = emitter.size(site.mask.valid_offset)
             gone = emitter.item(site.mask.valid, (slice(None), slice(0, stop)))

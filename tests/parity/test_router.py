@@ -70,22 +70,13 @@ def test_forced(full, cache):
         assert record.omega == (0.0 if full else 1.0)
 
 
-WINDOW_FORGETS = pytest.mark.xfail(
-    raises=torch._dynamo.exc.BackendCompilerFailed,
-    strict=True,
-    reason="without a validity mask a decode step cannot tell how many tokens a sliding cache has "
-    "dropped, so it falls back to full attention (SLIDING_CACHE), which strict refuses",
-)
-
-
 def mixed_cases():
     """Unpadded prompts too: HF then drops the mask and reads only the prompt's part of a buffer."""
     made = []
     for (kind, cache), padding in itertools.product(READABLE, ("left", "right", "ones")):
-        default = padding == "left" or (kind, cache, padding) == ("llama", "static", "ones")
+        also = (("llama", "static", "ones"), ("mistral", "dynamic", "ones"))
+        default = padding == "left" or (kind, cache, padding) in also
         marks = [] if default else [pytest.mark.slow]
-        if (kind, padding) == ("mistral", "ones"):
-            marks.append(WINDOW_FORGETS)
         made.append(pytest.param(kind, cache, padding, marks=marks))
     return made
 

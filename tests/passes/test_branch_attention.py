@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RewriteError
+from fluxcompile.passes import find_cache
 from fluxcompile.passes.emit import Emitter, UnknownSize
 from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.graph_util import as_expr, op_name
@@ -84,6 +85,28 @@ def test_full_decode(family, padded, dynamic):
     assert {site.cache for site in result.sites} == {CacheKind.DYNAMIC}
     assert all(site.past_key.op == "placeholder" for site in result.sites)
     same_logits(recorded, result)
+
+
+def test_a_sliding_cache_says_what_it_has_dropped():
+    """Without padding no mask tells: the cache's own count of tokens does."""
+    config = FluxConfig(sink=2, local=3)
+    recorded = hf.decode("mistral")
+    result = recorded.rewrite(Policy.SPARSE, config)
+    assert {site.became for site in result.sites} == {"streaming decode"}
+    (bounds,) = [node for node in result.gm.graph.nodes if op_name(node) == "decode_bounds"]
+    result.gm.graph.find_nodes(op="output")[0].args = ((bounds,),)
+    result.gm.recompile()
+    dropped = hf.LENGTH + 1 - hf.WINDOW
+    assert dropped >= config.sink, "the case must have lost its sink"
+    (ranges,) = recorded.run(result.gm)
+    assert ranges.tolist() == [[0, 0, hf.WINDOW - config.local, hf.WINDOW]] * hf.BATCH
+
+
+def test_a_sliding_cache_that_does_not_count_is_full(monkeypatch):
+    monkeypatch.setattr(find_cache, "_SEEN", "tokens_so_far")
+    sites = hf.decode("mistral").rewrite(Policy.SPARSE, FluxConfig(sink=2, local=3)).sites
+    assert {site.not_routed.reason for site in sites} == {SkipReason.SLIDING_CACHE}
+    assert {site.became for site in sites} == {"full decode"}
 
 
 @pytest.mark.parametrize(
