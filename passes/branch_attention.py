@@ -90,18 +90,13 @@ def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:
     config, window = plan.config, site.window
     if window and window <= config.local:
         site.not_routed = Skip(SkipReason.WINDOW_WITHIN_LOCAL, f"{window} <= {config.local}")
-    elif window and site.has_past and _trimmed(site) and not _sink_known(site):
-        site.not_routed = Skip(SkipReason.SLIDING_CACHE, f"window {window}")
+    elif site.forgets and not _sink_known(site):
+        site.not_routed = Skip(SkipReason.SLIDING_CACHE, f"window {window}" if window else "")
     elif policy is Policy.ROUTER and site.query_tap is None and site.may_start_prompt:
         site.not_routed = site.not_routed or Skip(SkipReason.QUERY_NOT_FOUND)
     else:
         return policy
     return Policy.FULL
-
-
-def _trimmed(site: AttentionSite) -> bool:
-    """A growing cache under a sliding window holds only the window."""
-    return site.past_key is not None and site.write_positions is None
 
 
 def _sink_known(site: AttentionSite) -> bool:

@@ -72,9 +72,19 @@ def _classify_concatenation(site: AttentionSite, past: fx.Node) -> None:
         site.cache = CacheKind.DYNAMIC_NEW
     elif past.op == "placeholder" and value_of(past).dim() == 4:
         site.cache, site.past_key = CacheKind.DYNAMIC, past
+        site.forgets = _keeps_a_slice(site.k)
         site.past_length = _tokens_seen(past)
     else:
         site.cache = CacheKind.UNKNOWN
+
+
+def _keeps_a_slice(key: fx.Node) -> bool:
+    """True where a slice of the keys, not the keys themselves, leaves the graph.
+
+    The mask does not tell: with fixed lengths the window may hold every key that is left.
+    """
+    output = next(iter(reversed(key.graph.nodes)))
+    return any(op_name(user) == "getitem" and output in user.users for user in key.users)
 
 
 def _tokens_seen(past: fx.Node) -> fx.Node | None:

@@ -59,9 +59,9 @@ class MaskOperandCache:
         q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
         window = site.window
         sizes = as_expr(site.q_shape[0]), as_expr(site.k_shape[2])
-        key = (valid, q_start, sink, local, window, sparse, *sizes)
+        key = (valid, q_start, sink, local, window, sparse, site.forgets, *sizes)
         if key not in self._decode:
-            dropped = self._dropped(site) if sparse and window else None
+            dropped = self._dropped(site) if sparse and site.forgets else None
             with self._emitter.graph.inserting_before(site.output):
                 self._decode[key] = self._emitter.call(
                     decode_bounds,

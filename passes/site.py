@@ -116,6 +116,8 @@ class AttentionSite:
     cache: CacheKind = CacheKind.NONE
     #: graph input that holds the past keys (dynamic) or the key buffer (static)
     past_key: fx.Node | None = None
+    #: the growing cache keeps only the latest of the keys that this call reads
+    forgets: bool = False
     #: graph input, an int: the tokens that a growing cache has seen, with those it has dropped
     past_length: fx.Node | None = None
     #: the static key buffer, where the attention reads only a slice of it

@@ -14,7 +14,7 @@ from tests.parity.harness import (
     forward,
     generate,
 )
-from tests.parity.models import LOCAL, MODELS, SINK, flux_config, prompt, tiny_model
+from tests.parity.models import LOCAL, MODELS, SINK, WINDOW, flux_config, prompt, tiny_model
 from tests.parity.reference import RoutedDefinition, routed_logits
 
 LENGTHS = (1, 2, 63, 300)
@@ -72,6 +72,21 @@ def test_generate(kind, padding, cache, decode, pattern, lengths):
         assert_follows(model_reference, got, given, definition)
     assert "streaming" in made.became
     assert ("streaming decode" in made.became) == (decode == "sparse")
+
+
+@pytest.mark.parametrize("padding", ["left", "ones"])
+def test_fixed_lengths_past_the_window(padding):
+    """One query's window then holds every key that is left, and is no part of the mask."""
+    made = compiled(tiny_model("mistral"), dynamic=False, routes="sparse", config=flux_config())
+    length = WINDOW + 20
+    given = prompt(3, length, padding)
+    got = generate(made.model, given, 3)
+    # Without padding nothing that the graph is given says how many tokens are gone.
+    dense_from = length if padding == "ones" else None
+    definition = definition_of(all_rows(3, (0, 0)), flux_config(), dense_from)
+    assert_follows(tiny_model("mistral"), got, given, definition)
+    expected = {"full decode"} if padding == "ones" else {"streaming decode"}
+    assert made.became == {"streaming"} | expected
 
 
 DEFAULT_FORWARD = {("llama", "left", True), ("mistral", "right", True), ("qwen3", "none", False)}
