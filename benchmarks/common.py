@@ -51,6 +51,46 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, 10, device)
 
 
+def copy_ceiling(device: str) -> float:
+    """Bytes a second, read plus written, of a large copy on the device."""
+    source = torch.randn(2**28 if device == "cuda" else 2**22, device=device)
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 10, device)
+
+
+def typical_seconds(function: Callable[[], object], device: str) -> float:
+    """Median of as many calls as fit in half a second, 3 to 50, after a warm-up."""
+    function()
+    once = median_seconds(function, 1, device)
+    repeat = max(3, min(50, int(0.5 / max(once, 1e-6))))
+    return median_seconds(function, repeat, device)
+
+
+def replayed_seconds(functions: list[Callable[[], object]], device: str) -> float:
+    """Mean seconds of one function, all of them captured in one CUDA graph and replayed in turn.
+
+    For kernels that are shorter than their launch. On a CPU: called in turn.
+    """
+
+    def all_of_them() -> None:
+        for function in functions:
+            function()
+
+    if device == "cpu":
+        return typical_seconds(all_of_them, device) / len(functions)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        all_of_them()  # compiles what is still to be compiled
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_of_them()
+    return typical_seconds(graph.replay, device) / len(functions)
+
+
 def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -91,7 +131,7 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     # Redirected output has no width of its own, and a wrapped table cannot be read.
-    Console(width=None if os.isatty(1) else 160).print(table)
+    Console(width=None if os.isatty(1) else 180).print(table)
 
 
 def write_json(path: Path | None, record: dict) -> None:

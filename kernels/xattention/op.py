@@ -59,20 +59,35 @@ def _check(*operands):
         raise KernelError.mismatch("threshold", "in (0, 1]", threshold)
 
 
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    bounds: Tensor | None = None,
+    q_start: Tensor | None = None,
+    route: Tensor | None = None,
+    *,
+    stride: int,
+    threshold: float,
+    block: int,
+    window: int = 0,
+    scale: float,
+) -> Tensor:
+    """XAttention's choice alone: bool ``[B, H, ceil(Sq / block), ceil(Skv / block)]``."""
+    block_mask = triton_module("xattention").block_mask if q.is_cuda else cpu.block_mask
+    return block_mask(
+        q, k, bounds, q_start, route,
+        stride=stride, threshold=threshold, block=block, window=window, scale=scale,
+    )  # fmt: skip
+
+
 def _attend(q, k, v, *operands):
     *mask_and_route, stride, threshold, block, window, scale, softcap = operands
     q_start, route = mask_and_route[4:]
-    block_mask = triton_module("xattention").block_mask if q.is_cuda else cpu.block_mask
-
-    def choose(bounds):
-        return block_mask(
-            q, k, bounds, q_start, route,
-            stride=stride, threshold=threshold, block=block, window=window, scale=scale,
-        )  # fmt: skip
-
+    choice = {"stride": stride, "threshold": threshold, "block": block, "window": window}
     return attend_over(
-        choose, q, k, v, *mask_and_route, block=block, window=window, scale=scale, softcap=softcap
-    )
+        lambda bounds: choose_blocks(q, k, bounds, q_start, route, scale=scale, **choice),
+        q, k, v, *mask_and_route, block=block, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
 
 
 register(
