@@ -72,7 +72,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line. ``goal`` says what is asked of ``achieved``: to reach or to stay under ``bound``."""
+    """One line. ``goal`` says what is asked of ``achieved``: to reach or not to pass ``bound``."""
 
     kernel: str
     seconds: float

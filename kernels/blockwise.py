@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxcompile.kernels.block import attend
+from fluxcompile.kernels.masks.flags import CONTIGUOUS
 from fluxcompile.kernels.validation import check_readable
 
 _QUERIES = 256  # queries a block
@@ -36,7 +37,7 @@ def irregular_attention(
     """
     if not check_readable(flags, dense_mask):
         return masked_attention(q, k, v, dense_mask, scale=scale, softcap=softcap)
-    if flags is not None and not flags[1]:
+    if flags is not None and not flags[CONTIGUOUS]:
         return ranked_attention(
             q, k, v, key_valid, q_start, route,
             sink=sink, local=local, last=last, window=window, scale=scale, softcap=softcap,

@@ -7,7 +7,7 @@ Importing this module registers the operators and imports no Triton. Operands, s
 ``k``, ``v``   ``[B, HK, Skv, D]``      keys and values, not expanded: head h reads h // (H // HK)
 ``bounds``     int32 ``[B, 2]``         valid keys of a row lie in ``start <= j < end``
 ``key_valid``  bool ``[B, Skv]``        which keys are valid; may have holes
-``flags``      bool ``[3]`` on the CPU  mask readable, every row contiguous, every key valid
+``flags``      bool ``[4]`` on the CPU  what :mod:`fluxcompile.kernels.masks.flags` lists
 ``dense_mask`` bool ``[B|1,1,Sq,Skv]``  the mask itself, used only when it is not readable
 ``q_start``    int32 ``[1]``            key index of query 0; absent: ``Skv - Sq``
 ``route``      bool ``[B]``             True: the row attends densely; False: sparsely
@@ -25,7 +25,7 @@ from fluxcompile.kernels.block_sparse.op import block_sparse_attention
 from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.host_flag.op import await_flag, send_flag
-from fluxcompile.kernels.masks import key_masks
+from fluxcompile.kernels.masks import flags, key_masks
 from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.router.op import route_rows
@@ -55,7 +55,7 @@ def mask_bounds(key_valid: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``bounds`` int32 ``[B, 2]`` on key_valid's device (0, 0 for a row without a valid key) and
-        ``flags`` bool ``[3]`` on the CPU.
+        ``flags`` bool ``[4]`` on the CPU.
     """
     return torch.ops.flux.mask_bounds(key_valid)
 
@@ -67,7 +67,7 @@ def read_mask(mask: Tensor, q_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ``(j <= q_start + i) & key_valid`` everywhere (one sync on CUDA).
 
     Returns:
-        ``key_valid`` bool ``[B, Skv]``, ``bounds`` int32 ``[B, 2]`` and ``flags`` bool ``[3]`` on
+        ``key_valid`` bool ``[B, Skv]``, ``bounds`` int32 ``[B, 2]`` and ``flags`` bool ``[4]`` on
         the CPU; the first two are well formed whether or not the mask is readable.
     """
     return torch.ops.flux.read_mask(mask, q_start)
@@ -171,7 +171,7 @@ def _decode_attention_cuda(*operands):
 
 def _mask_bounds_fake(key_valid):
     bounds = key_valid.new_empty((key_valid.shape[0], 2), dtype=torch.int32)
-    return bounds, torch.empty(3, dtype=torch.bool, device="cpu")
+    return bounds, torch.empty(flags.COUNT, dtype=torch.bool, device="cpu")
 
 
 def _read_mask_fake(mask, q_start):

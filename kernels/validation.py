@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxcompile.errors import KernelError
+from fluxcompile.kernels.masks.flags import COUNT, READABLE
 
 _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -57,7 +58,7 @@ def check_full(
     if bounds is not None:
         check_tensor("bounds", bounds, torch.int32, (batch, 2), device=q.device)
         check_tensor("key_valid", key_valid, torch.bool, (batch, keys), device=q.device)
-        check_tensor("flags", flags, torch.bool, (3,), device=torch.device("cpu"))
+        check_tensor("flags", flags, torch.bool, (COUNT,), device=torch.device("cpu"))
     if dense_mask is not None:
         rows = 1 if _known(dense_mask.shape[0], 1) else batch
         check_tensor(
@@ -138,7 +139,7 @@ def check_decode(
 
 def check_readable(flags: Tensor | None, dense_mask: Tensor | None) -> bool:
     """Whether the key mask may be used; if not, ``dense_mask`` must be there."""
-    if flags is None or bool(flags[0]):
+    if flags is None or bool(flags[READABLE]):
         return True
     if dense_mask is None:
         raise KernelError.mismatch("dense_mask", "the mask, as flags say it is unreadable", "None")

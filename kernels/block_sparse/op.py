@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fluxcompile.kernels.block_sparse import cpu
 from fluxcompile.kernels.blockwise import irregular_attention
-from fluxcompile.kernels.dispatch import triton_module
+from fluxcompile.kernels.dispatch import hopper_module, triton_module
+from fluxcompile.kernels.masks.flags import ALL_VALID
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.validation import check_block, check_routed, check_tensor
 
@@ -77,12 +78,14 @@ def attend_over(
     )  # fmt: skip
     if dense is not None:
         return dense
-    bounds = None if flags is None or flags[2] else bounds
+    bounds = None if flags is None or flags[ALL_VALID] else bounds
+    operands = q, k, v, choose(bounds), bounds, q_start, route
+    if q.is_cuda:
+        hopper = hopper_module("block_sparse", q, k, v, bounds, flags, softcap)
+        if hopper is not None and block == hopper.BLOCK:
+            return hopper.attention(*operands, window=window, scale=scale)
     attention = triton_module("block_sparse").attention if q.is_cuda else cpu.attention
-    return attention(
-        q, k, v, choose(bounds), bounds, q_start, route,
-        block=block, window=window, scale=scale, softcap=softcap,
-    )  # fmt: skip
+    return attention(*operands, block=block, window=window, scale=scale, softcap=softcap)
 
 
 def _check(q, k, v, block_mask, *operands):

@@ -232,6 +232,44 @@ def attention_kernel(
     tl.store(p_out_block, b_out.to(p_out.dtype.element_ty), mask=m_q)
 
 
+def block_lists(
+    q: Tensor,
+    k: Tensor,
+    block_mask: Tensor,
+    bounds: Tensor | None,
+    q_start: Tensor | None,
+    route: Tensor | None,
+    *,
+    block: int,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch :func:`list_kernel`; operands as of :func:`attention`.
+
+    Returns:
+        KV blocks, int16 or int32 ``[B, H|1, Qb, KVb]``: full ones from the beginning, partial ones
+        from the end; and how many of each there are, int32 ``[B, H|1, Qb, 2]``.
+    """
+    block_mask = unit_stride(block_mask).expand(q.shape[0], -1, -1, -1).view(torch.uint8)
+    key_blocks = block_mask.shape[3]
+    entry = torch.int16 if key_blocks < _SHORT else torch.int32
+    lists = q.new_empty(block_mask.shape, dtype=entry)
+    counts = q.new_empty(*block_mask.shape[:3], 2, dtype=torch.int32)
+    with torch.cuda.device_of(q):
+        list_kernel[(counts.numel() // 2,)](
+            block_mask, lists, counts,
+            q if bounds is None else bounds.contiguous(),
+            q if q_start is None else q_start,
+            q if route is None else route.contiguous().view(torch.uint8),
+            *row_strides(block_mask),
+            block_mask.shape[2], key_blocks, q.shape[2], k.shape[2], window,
+            MASK_HEADS=block_mask.shape[1], BLOCK=block,
+            BLOCK_J=triton.next_power_of_2(key_blocks),
+            HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
+            HAS_ROUTE=route is not None, HAS_WINDOW=window > 0,
+        )  # fmt: skip
+    return lists, counts
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -258,9 +296,8 @@ def attention(
     Returns:
         ``[B, Sq, H, D]``.
     """
-    q, k, v, block_mask = map(unit_stride, (q, k, v, block_mask))
+    q, k, v = map(unit_stride, (q, k, v))
     batch, heads, queries, head_dim = q.shape
-    keys = k.shape[2]
     mask_heads, query_blocks, key_blocks = block_mask.shape[1:]
     block_d = tile(head_dim)
     config = (config or CONFIGS[block_d, q.element_size()]).within(block)
@@ -269,36 +306,23 @@ def attention(
     out = make(batch, queries, heads, head_dim)
     if not out.numel():
         return out
-    entry = torch.int16 if key_blocks < _SHORT else torch.int32
-    lists = q.new_empty(batch, mask_heads, query_blocks, key_blocks, dtype=entry)
-    counts = q.new_empty(batch, mask_heads, query_blocks, 2, dtype=torch.int32)
-    bounds_or_any = q if bounds is None else bounds.contiguous()
-    q_start_or_any = q if q_start is None else q_start
-    flags = {
-        "HAS_BOUNDS": bounds is not None,
-        "HAS_Q_START": q_start is not None,
-        "HAS_WINDOW": window > 0,
-    }
-    block_mask = block_mask.expand(batch, -1, -1, -1).view(torch.uint8)
+    lists, counts = block_lists(
+        q, k, block_mask, bounds, q_start, route, block=block, window=window
+    )
+    parts = query_blocks * (block // config.block_m)
     with torch.cuda.device_of(q):
-        list_kernel[(batch * mask_heads * query_blocks,)](
-            block_mask, lists, counts, bounds_or_any, q_start_or_any,
-            q if route is None else route.contiguous().view(torch.uint8),
-            *row_strides(block_mask),
-            query_blocks, key_blocks, queries, keys, window,
-            MASK_HEADS=mask_heads, BLOCK=block, BLOCK_J=triton.next_power_of_2(key_blocks),
-            HAS_ROUTE=route is not None, **flags,
-        )  # fmt: skip
-        parts = query_blocks * (block // config.block_m)
         attention_kernel[(heads * batch * parts,)](
-            q, k, v, out, lists, counts, bounds_or_any, q_start_or_any,
+            q, k, v, out, lists, counts,
+            q if bounds is None else bounds.contiguous(),
+            q if q_start is None else q_start,
             *row_strides(q), *row_strides(k), *row_strides(v),
-            batch, query_blocks, key_blocks, queries, keys, window,
+            batch, query_blocks, key_blocks, queries, k.shape[2], window,
             *score_scales(scale, softcap), float(softcap),
             HEADS=heads, GROUP=heads // k.shape[1], MASK_HEADS=mask_heads,
             HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK=block, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            HAS_SOFTCAP=softcap > 0, **flags,
+            HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
+            HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from fluxcompile.kernels.masks.flags import LONG_ROW
+
 # Mask entries compared at a time: bounds the temporary memory of `read_mask` to a few times 16 MiB.
 _ENTRIES = 1 << 24
 
 
 def mask_bounds(key_valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds int32 ``[B, 2]`` and flags bool ``[3]`` (on the CPU) of ``key_valid`` ``[B, Skv]``."""
+    """Bounds int32 ``[B, 2]`` and flags bool ``[4]`` (on the CPU) of ``key_valid`` ``[B, Skv]``."""
     readable = torch.ones((), dtype=torch.bool, device=key_valid.device)
     return _bounds(key_valid, readable)
 
@@ -33,11 +35,12 @@ def _bounds(key_valid: Tensor, readable: Tensor) -> tuple[Tensor, Tensor]:
     if keys == 0:
         bounds = torch.zeros(batch, 2, dtype=torch.int32, device=key_valid.device)
         one = torch.ones((), dtype=torch.bool, device=key_valid.device)
-        return bounds, torch.stack((readable, one, one)).cpu()
+        return bounds, torch.stack((readable, one, one, ~one)).cpu()
     index = torch.arange(keys, dtype=torch.int32, device=key_valid.device)
     count = key_valid.sum(-1, dtype=torch.int32)
     end = torch.where(key_valid, index + 1, 0).amax(-1)
     start = torch.minimum(torch.where(key_valid, index, keys).amin(-1), end)
     contiguous = (end - start == count).all()
-    flags = torch.stack((readable, contiguous, (count == keys).all())).cpu()
+    all_valid, long_rows = (count == keys).all(), (count >= LONG_ROW).all()
+    flags = torch.stack((readable, contiguous, all_valid, long_rows)).cpu()  # flags.py's order
     return torch.stack((start, end), dim=-1).to(torch.int32), flags

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from fluxcompile.kernels.launch import score_scales
-from fluxcompile.kernels.streaming.hopper_tiles import Problem
+from fluxcompile.kernels.streaming.hopper_tiles import Keys, Problem
 
 # Triton renamed them.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -35,7 +35,7 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
 _FLOOR = gl.constexpr(-1.0e30)
-_BLOCK_M = 128  # queries a tile, half of them for each attending group of warps
+BLOCK_M = 128  # queries a tile, half of them for each attending group of warps
 REGISTERS = 168  # a thread's share when the groups start; they then trade them
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -102,7 +102,8 @@ def _load(problem, channels, d_q, d_k, d_v):
         for i in range(tile.n_blocks):
             i_stage = n_loaded % problem.STAGES
             turn = (n_loaded // problem.STAGES) & 1
-            at = [tile.i_batch, i_kv_head, tile.key(i, problem.BLOCK_N), 0]
+            i_key = problem.keys.load_at(tile.row, problem.key(tile, i), problem.BLOCK_N)
+            at = [tile.i_batch, i_kv_head, i_key, 0]
             k_ready = channels.k_ready.index(i_stage)
             v_ready = channels.v_ready.index(i_stage)
             mbarrier.wait(channels.k_free.index(i_stage), turn ^ 1)
@@ -148,12 +149,13 @@ def _step(
 ):  # fmt: skip
     """Scores of block ``i`` and values of block ``i - 1``, the softmax of ``i`` in between."""
     DTYPE: gl.constexpr = channels.k.dtype
+    i_key = problem.key(tile, i)
     scores = _scores(problem, channels, b_q, n_read, b_zero)
     values = _values(problem, channels, b_weights, n_read - 1, b_out)
     b_scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
     if MASKED:
-        b_scores = problem.mask(b_scores, tile, i, tile.key(i, problem.BLOCK_N), o_position)
+        b_scores = problem.mask(b_scores, tile, i, i_key, o_position)
     b_new, b_decay, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
     b_new = gl.convert_layout(b_new.to(DTYPE), b_weights.type.layout)
     b_out, b_weights = warpgroup_mma_wait(0, deps=[values, b_weights])
@@ -189,10 +191,11 @@ def _attend(half, problem, channels, d_out):
         mbarrier.wait(channels.q_ready, phase)
         phase ^= 1
         if tile.n_blocks > 0:
+            i_key = problem.key(tile, 0)
             scores = _scores(problem, channels, b_q, n_read, b_zero)
             b_scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
-            b_scores = problem.mask(b_scores, tile, 0, tile.key(0, N), o_position)
+            b_scores = problem.mask(b_scores, tile, 0, i_key, o_position)
             b_new, _, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
             b_weights = gl.convert_layout(b_new.to(DTYPE), weights_layout)
             n_read += 1
@@ -224,24 +227,20 @@ def _attend(half, problem, channels, d_out):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "window"])
-def attention_kernel(
-    d_q, d_k, d_v, d_out, p_route, n_batch, n_queries, n_keys,
-    sink, local, window, score_scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    HAS_ROUTE: gl.constexpr,
-    SPARSE: gl.constexpr, HAS_WINDOW: gl.constexpr,
-):  # fmt: skip
+@gluon.jit
+def serve(problem, d_q, d_k, d_v, d_out):
     """Hand the tiles that fall to this program to its three groups of warps."""
-    HALF: gl.constexpr = BLOCK_M // 2
+    HALF: gl.constexpr = problem.BLOCK_M // 2
+    N: gl.constexpr = problem.BLOCK_N
+    D: gl.constexpr = problem.BLOCK_D
+    STAGES: gl.constexpr = problem.STAGES
     DTYPE: gl.constexpr = d_k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     channels = Channels(
-        gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, BLOCK_D], d_q.layout),
-        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], d_k.layout),
-        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], d_v.layout),
-        gl.allocate_shared_memory(DTYPE, [2, 1, HALF, 1, BLOCK_D], d_out.layout),
+        gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, D], d_q.layout),
+        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, N, D], d_k.layout),
+        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, N, D], d_v.layout),
+        gl.allocate_shared_memory(DTYPE, [2, 1, HALF, 1, D], d_out.layout),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
@@ -257,11 +256,6 @@ def attention_kernel(
         mbarrier.init(channels.k_free.index(i_stage), count=2)
         mbarrier.init(channels.v_free.index(i_stage), count=2)
     fence_async_shared()
-    problem = Problem(
-        p_route, n_batch, n_queries, n_keys, sink, local, window,
-        score_scale, HEADS, GROUP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
-        HAS_ROUTE, SPARSE, HAS_WINDOW,
-    )  # fmt: skip
     gl.warp_specialize(
         [
             (_attend, (0, problem, channels, d_out)),
@@ -271,6 +265,26 @@ def attention_kernel(
         [4, 1],
         [240, 24],
     )
+
+
+@gluon.jit(
+    do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "n_dense", "window"]
+)
+def attention_kernel(
+    d_q, d_k, d_v, d_out, p_bounds, p_q_start, p_route,
+    n_batch, n_queries, n_keys, sink, local, n_dense, window, score_scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_ROUTE: gl.constexpr,
+    SPARSE: gl.constexpr, HAS_DENSE: gl.constexpr, HAS_WINDOW: gl.constexpr,
+):  # fmt: skip
+    """Full and streaming attention: the runs of keys of ``hopper_tiles.py``."""
+    keys = Keys(p_bounds, p_q_start, n_queries, n_keys, HAS_BOUNDS, HAS_Q_START)
+    problem = Problem(
+        keys, p_route, n_batch, sink, local, n_dense, window, score_scale, HEADS, GROUP,
+        BLOCK_M, BLOCK_N, BLOCK_D, STAGES, HAS_ROUTE, SPARSE, HAS_DENSE, HAS_WINDOW,
+    )  # fmt: skip
+    serve(problem, d_q, d_k, d_v, d_out)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> bool:
@@ -288,20 +302,24 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bounds: Tensor | None,
+    q_start: Tensor | None,
     route: Tensor | None,
     *,
     sink: int | None,
     local: int | None,
     window: int,
     scale: float,
+    last: int = 0,
     config: Config | None = None,
 ) -> Tensor:
     """Launch :func:`attention_kernel` without reading device data.
 
     Args:
-        q: ``[B, H, Sq, D]``, its last query at the last key; for the other operands see
-            :mod:`fluxcompile.kernels.ops`. Every key is valid.
+        q: ``[B, H, Sq, D]``; for the other operands see :mod:`fluxcompile.kernels.ops`.
+        bounds: each row has a block of valid keys or more; None: every key is valid.
         sink: None: every row is dense.
+        last: queries at the end of each row's valid keys that are dense in sparse rows too.
         config: tile sizes; None: the ones of :data:`CONFIGS`.
 
     Returns:
@@ -310,25 +328,40 @@ def attention(
     batch, heads, queries, head_dim = q.shape
     config = config or CONFIGS[head_dim, q.dtype]
     out = q.new_empty(batch, queries, heads, head_dim)
-    tiles = heads * batch * triton.cdiv(queries, _BLOCK_M)
-    programs = tiles
-    if sink is not None and route is None:
+    programs = tiles = heads * batch * triton.cdiv(queries, BLOCK_M)
+    if sink is not None and route is None and bounds is None and not last:
         # Tiles of equal length: one program a multiprocessor loads the next while it finishes one.
         programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    half, keys = [1, 1, _BLOCK_M // 2, head_dim], [1, 1, config.block_n, head_dim]
     with torch.cuda.device_of(q):
         attention_kernel[(programs,)](
-            _descriptor(q, half), _descriptor(k, keys), _descriptor(v, keys),
-            _descriptor(out, [1, _BLOCK_M // 2, 1, head_dim]),
+            *descriptors(q, k, v, out, config.block_n),
+            q if bounds is None else bounds.contiguous(),
+            q if q_start is None else q_start,
             q if route is None else route.contiguous().view(torch.uint8),
-            batch, queries, k.shape[2], sink or 0, local or 0, window,
+            batch, queries, k.shape[2], sink or 0, local or 0, last, window,
             score_scales(scale, 0.0)[0],
-            HEADS=heads, GROUP=heads // k.shape[1], BLOCK_M=_BLOCK_M, BLOCK_N=config.block_n,
+            HEADS=heads, GROUP=heads // k.shape[1], BLOCK_M=BLOCK_M, BLOCK_N=config.block_n,
             BLOCK_D=head_dim, STAGES=config.stages,
-            HAS_ROUTE=route is not None, SPARSE=sink is not None, HAS_WINDOW=window > 0,
+            HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
+            HAS_ROUTE=route is not None, SPARSE=sink is not None, HAS_DENSE=last > 0,
+            HAS_WINDOW=window > 0,
             num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return out
+
+
+def descriptors(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, block_n: int
+) -> tuple[TensorDescriptor, ...]:
+    """How the four tensors are loaded and stored: half a tile of queries, a block of keys."""
+    half, head_dim = BLOCK_M // 2, q.shape[3]
+    keys = [1, 1, block_n, head_dim]
+    return (
+        _descriptor(q, [1, 1, half, head_dim]),
+        _descriptor(k, keys),
+        _descriptor(v, keys),
+        _descriptor(out, [1, half, 1, head_dim]),
+    )
 
 
 def _has_tma_layout(x: Tensor) -> bool:

@@ -1,7 +1,10 @@
 """Which keys a tile of queries needs on Hopper: see ``hopper.py`` for the kernel that walks them.
 
 The runs are those of ``triton.py`` in another order, masked ones first: diagonal, edge, sink, full.
-Every key is valid here and position 0 is key 0 of the row; padded rows take the portable kernel.
+
+A block is loaded whole, and what lies outside a row's valid keys may hold anything: a product with
+NaN is NaN even where the weight is 0. So a block that would reach beyond the row's last valid key
+is loaded from further down, and the keys that it then repeats are masked.
 """
 
 from triton.experimental import gluon
@@ -12,6 +15,62 @@ _UNLIMITED = gl.constexpr(1 << 30)  # the local span of a dense row, in tokens
 
 
 @aggregate
+class Row:
+    """Valid keys ``[start, end)`` of a batch row, and the key index of its first query."""
+
+    start: gl.tensor
+    end: gl.tensor
+    first: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, start, end, first):
+        self.start = start
+        self.end = end
+        self.first = first
+
+
+@aggregate
+class Keys:
+    """How the keys of a launch lie: lengths in tokens and, where rows differ, their bounds."""
+
+    p_bounds: gl.tensor
+    p_q_start: gl.tensor
+    n_queries: gl.tensor
+    n_keys: gl.tensor
+    HAS_BOUNDS: gl.constexpr
+    HAS_Q_START: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, p_bounds, p_q_start, n_queries, n_keys, HAS_BOUNDS, HAS_Q_START):
+        self.p_bounds = p_bounds
+        self.p_q_start = p_q_start
+        self.n_queries = n_queries
+        self.n_keys = n_keys
+        self.HAS_BOUNDS = gl.constexpr(HAS_BOUNDS)
+        self.HAS_Q_START = gl.constexpr(HAS_Q_START)
+
+    @gluon.jit
+    def row(self, i_batch):
+        start = gl.to_tensor(0)
+        end = self.n_keys
+        if self.HAS_BOUNDS:
+            start = gl.load(self.p_bounds + i_batch * 2)
+            end = gl.load(self.p_bounds + i_batch * 2 + 1)
+        first = self.n_keys - self.n_queries
+        if self.HAS_Q_START:
+            first = gl.load(self.p_q_start)
+        return Row(start, end, first)
+
+    @gluon.jit
+    def load_at(self, row, i_key, BLOCK_N: gl.constexpr):
+        """Where the block of key ``i_key`` is loaded from, see above."""
+        at = i_key
+        if self.HAS_BOUNDS:
+            at = min(i_key, row.end - BLOCK_N)
+        return at
+
+
+@aggregate
 class Tile:
     """One tile. The last four fields are where each run of key blocks ends, counted in blocks."""
 
@@ -19,7 +78,9 @@ class Tile:
     i_batch: gl.tensor
     i_query: gl.tensor
     low: gl.tensor
+    row: Row
     reach: gl.tensor
+    dense_begin: gl.tensor
     key_begin: gl.tensor
     key_end: gl.tensor
     sink_end: gl.tensor
@@ -33,14 +94,16 @@ class Tile:
 
     @gluon.constexpr_function
     def __init__(
-        self, i_head, i_batch, i_query, low, reach, key_begin, key_end, sink_end,
+        self, i_head, i_batch, i_query, low, row, reach, dense_begin, key_begin, key_end, sink_end,
         local_begin, i_full, i_diagonal, n_diagonal, n_edge, n_masked, n_blocks,
     ):  # fmt: skip
         self.i_head = i_head
         self.i_batch = i_batch
         self.i_query = i_query
         self.low = low
+        self.row = row
         self.reach = reach
+        self.dense_begin = dense_begin
         self.key_begin = key_begin
         self.key_end = key_end
         self.sink_end = sink_end
@@ -52,29 +115,17 @@ class Tile:
         self.n_masked = n_masked
         self.n_blocks = n_blocks
 
-    @gluon.jit
-    def key(self, i, BLOCK_N: gl.constexpr):
-        """First key of block ``i``: diagonal, edge, sink, full."""
-        i_key = self.i_diagonal + i * BLOCK_N
-        if i >= self.n_diagonal:
-            i_key = self.local_begin + (i - self.n_diagonal) * BLOCK_N
-        if i >= self.n_edge:
-            i_key = self.key_begin + (i - self.n_edge) * BLOCK_N
-        if i >= self.n_masked:
-            i_key = self.i_full + (i - self.n_masked) * BLOCK_N
-        return i_key
-
 
 @aggregate
 class Problem:
-    """What every group of warps must know: lengths in tokens, routes, and what the mask uses."""
+    """What every group of warps must know: the rows' keys, routes, and what the mask uses."""
 
+    keys: Keys
     p_route: gl.tensor
     n_batch: gl.tensor
-    n_queries: gl.tensor
-    n_keys: gl.tensor
     sink: gl.tensor
     local: gl.tensor
+    n_dense: gl.tensor
     window: gl.tensor
     score_scale: gl.tensor
     HEADS: gl.constexpr
@@ -85,19 +136,20 @@ class Problem:
     STAGES: gl.constexpr
     HAS_ROUTE: gl.constexpr
     SPARSE: gl.constexpr
+    HAS_DENSE: gl.constexpr
     HAS_WINDOW: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, p_route, n_batch, n_queries, n_keys, sink, local, window,
-        score_scale, HEADS, GROUP, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, HAS_ROUTE, SPARSE, HAS_WINDOW,
+        self, keys, p_route, n_batch, sink, local, n_dense, window, score_scale, HEADS, GROUP,
+        BLOCK_M, BLOCK_N, BLOCK_D, STAGES, HAS_ROUTE, SPARSE, HAS_DENSE, HAS_WINDOW,
     ):  # fmt: skip
+        self.keys = keys
         self.p_route = p_route
         self.n_batch = n_batch
-        self.n_queries = n_queries
-        self.n_keys = n_keys
         self.sink = sink
         self.local = local
+        self.n_dense = n_dense
         self.window = window
         self.score_scale = score_scale
         self.HEADS = gl.constexpr(HEADS)
@@ -108,47 +160,59 @@ class Problem:
         self.STAGES = gl.constexpr(STAGES)
         self.HAS_ROUTE = gl.constexpr(HAS_ROUTE)
         self.SPARSE = gl.constexpr(SPARSE)
+        self.HAS_DENSE = gl.constexpr(HAS_DENSE)
         self.HAS_WINDOW = gl.constexpr(HAS_WINDOW)
 
     @gluon.jit
     def tiles(self):
         """Tiles of the whole launch."""
-        n_blocks = (self.n_queries + self.BLOCK_M - 1) // self.BLOCK_M
+        n_blocks = (self.keys.n_queries + self.BLOCK_M - 1) // self.BLOCK_M
         return n_blocks * self.n_batch * self.HEADS
 
     @gluon.jit
     def tile(self, i_tile):
         """Where a tile's queries and key runs lie."""
+        n_queries = self.keys.n_queries
         i_head = i_tile % self.HEADS
         i_rest = i_tile // self.HEADS
         i_batch = i_rest % self.n_batch
-        n_blocks = (self.n_queries + self.BLOCK_M - 1) // self.BLOCK_M
+        n_blocks = (n_queries + self.BLOCK_M - 1) // self.BLOCK_M
         i_query = (n_blocks - 1 - i_rest // self.n_batch) * self.BLOCK_M
-        first = self.n_keys - self.n_queries
-        low = first + i_query  # positions of the tile's first and last query
-        high = first + min(i_query + self.BLOCK_M, self.n_queries) - 1
-        key_begin = gl.to_tensor(0)
-        key_end = high + 1
-        full_end = low + 1
-        full_begin = gl.to_tensor(0)
+        row = self.keys.row(i_batch)
+        low = row.first + i_query  # positions of the tile's first and last query
+        high = row.first + min(i_query + self.BLOCK_M, n_queries) - 1
+        key_begin = row.start
+        key_end = min(row.end, high + 1)
+        full_end = min(key_end, low + 1)
+        full_begin = row.start
         if self.HAS_WINDOW:
-            key_begin = max(0, low - self.window + 1)
-            full_begin = max(0, high - self.window + 1)
+            key_begin = max(row.start, low - self.window + 1)
+            full_begin = max(row.start, high - self.window + 1)
         local_begin = key_begin
         sink_end = key_begin
         reach = self.local
+        dense_begin = row.end
         if self.SPARSE:
             if self.HAS_ROUTE:
                 if gl.load(self.p_route + i_batch) != 0:
                     reach = _UNLIMITED
                 else:
                     reach = self.local
-            near_begin = low - reach + 1
-            near_full = high - reach + 1
-            if near_begin > self.sink:
-                sink_end = self.sink
+            sink_stop = row.start + self.sink
+            near_begin = min(low, row.end - 1) - reach + 1
+            if self.HAS_DENSE:
+                dense_begin = min(row.end, row.first + n_queries) - self.n_dense
+                if (high >= dense_begin) & (low < row.end):
+                    near_begin = row.start
+                if (low >= dense_begin) & (high < row.end):
+                    reach = _UNLIMITED
+                else:
+                    reach = reach
+            near_full = min(high, row.end - 1) - reach + 1
+            if near_begin > sink_stop:
+                sink_end = min(sink_stop, key_end)
                 local_begin = max(key_begin, near_begin)
-            if near_full > self.sink:
+            if near_full > sink_stop:
                 full_begin = max(full_begin, near_full)
         N: gl.constexpr = self.BLOCK_N
         n_sink = (max(sink_end - key_begin, 0) + N - 1) // N
@@ -158,22 +222,46 @@ class Problem:
         i_diagonal = i_full + n_full * N
         n_diagonal = (max(key_end - i_diagonal, 0) + N - 1) // N
         return Tile(
-            i_head, i_batch, i_query, low, reach, key_begin, key_end, sink_end,
+            i_head, i_batch, i_query, low, row, reach, dense_begin, key_begin, key_end, sink_end,
             local_begin, i_full, i_diagonal, n_diagonal, n_diagonal + n_edge,
             n_diagonal + n_edge + n_sink, n_diagonal + n_edge + n_sink + n_full,
         )  # fmt: skip
 
     @gluon.jit
+    def key(self, tile, i):
+        """First key of block ``i``: diagonal, edge, sink, full."""
+        i_key = tile.i_diagonal + i * self.BLOCK_N
+        if i >= tile.n_diagonal:
+            i_key = tile.local_begin + (i - tile.n_diagonal) * self.BLOCK_N
+        if i >= tile.n_edge:
+            i_key = tile.key_begin + (i - tile.n_edge) * self.BLOCK_N
+        if i >= tile.n_masked:
+            i_key = tile.i_full + (i - tile.n_masked) * self.BLOCK_N
+        return i_key
+
+    @gluon.jit
     def mask(self, b_scores, tile, i, i_key, o_position):
-        """-inf where a query does not see a key of masked block ``i``."""
-        o_key = i_key + gl.arange(0, self.BLOCK_N, gl.SliceLayout(0, b_scores.type.layout))
+        """-inf where a query does not see a key of masked block ``i``, beginning at ``i_key``."""
+        at = self.keys.load_at(tile.row, i_key, self.BLOCK_N)
+        o_key = at + gl.arange(0, self.BLOCK_N, gl.SliceLayout(0, b_scores.type.layout))
         limit = tile.key_end
         if i >= tile.n_edge:
             limit = tile.sink_end
-        m_seen = (o_key[None, :] <= o_position[:, None]) & (o_key < limit)[None, :]
+        m_key = o_key < limit
+        if self.keys.HAS_BOUNDS:
+            m_key = m_key & (o_key >= i_key)
+        m_seen = (o_key[None, :] <= o_position[:, None]) & m_key[None, :]
         if self.HAS_WINDOW:
             m_seen = m_seen & (o_key[None, :] > o_position[:, None] - self.window)
         if self.SPARSE:
-            m_near = o_key[None, :] > o_position[:, None] - tile.reach
-            m_seen = m_seen & (m_near | (o_key < self.sink)[None, :])
+            last = tile.row.end - 1
+            o_near = o_position
+            if self.keys.HAS_BOUNDS:
+                o_near = gl.minimum(o_position, last)
+            m_near = o_key[None, :] > o_near[:, None] - tile.reach
+            m_near = m_near | (o_key < tile.row.start + self.sink)[None, :]
+            if self.HAS_DENSE:
+                m_dense = (o_position >= tile.dense_begin) & (o_position <= last)
+                m_near = m_near | m_dense[:, None]
+            m_seen = m_seen & m_near
         return gl.where(m_seen, b_scores, float("-inf"))

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fluxcompile.kernels.blockwise import irregular_attention
-from fluxcompile.kernels.dispatch import triton_module
+from fluxcompile.kernels.masks.flags import ALL_VALID
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
+from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.triangle import cpu
 from fluxcompile.kernels.validation import check_at_least, check_streaming
 
@@ -50,7 +51,7 @@ def _check(*operands):
     check_at_least("last", last, 0)
 
 
-def _attend(
+def _attend_on_cpu(
     q, k, v, bounds, key_valid, flags, dense_mask, q_start, route,
     sink, local, last, window, scale, softcap,
 ):  # fmt: skip
@@ -60,15 +61,13 @@ def _attend(
     )  # fmt: skip
     if irregular is not None:
         return irregular
-    ranges = None if flags is None or flags[2] else bounds
-    if not q.is_cuda:
-        return cpu.attention(
-            q, k, v, ranges, q_start, route, sink, local, last, window, scale, softcap
-        )
-    return triton_module("streaming").attention(
-        q, k, v, ranges, q_start, route,
-        sink=sink, local=local, last=last, window=window, scale=scale, softcap=softcap,
-    )  # fmt: skip
+    ranges = None if flags is None or flags[ALL_VALID] else bounds
+    return cpu.attention(q, k, v, ranges, q_start, route, sink, local, last, window, scale, softcap)
+
+
+def _attend_on_cuda(*operands):
+    *streaming, last, window, scale, softcap = operands
+    return cuda.streaming_attention(*streaming, window, scale, softcap, last)
 
 
 register(
@@ -76,7 +75,7 @@ register(
     f"(Tensor q, Tensor k, Tensor v, {KEY_MASK}, Tensor? route, "
     "int sink, int local, int last, int window, float scale, float softcap) -> Tensor",
     check=_check,
-    cpu=_attend,
-    cuda=_attend,
+    cpu=_attend_on_cpu,
+    cuda=_attend_on_cuda,
     fake=attention_fake,
 )

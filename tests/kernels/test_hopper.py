@@ -10,41 +10,51 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from fluxcompile.kernels.block_sparse import hopper as block_sparse  # noqa: E402
+from fluxcompile.kernels.masks.flags import ALL_VALID, LONG_ROW  # noqa: E402
 from fluxcompile.kernels.streaming import hopper  # noqa: E402
 
 from . import cases  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
 
-#: all keys valid, and no softcap: what the kernel serves
-SERVED = tuple(
-    case
-    for case in cases.PREFILL + cases.BIG_PREFILL
-    if case.padding == "none" and case.q_start is None and not case.softcap
-)
+
+def served(case):
+    """No softcap, no holes, and a block of valid keys in every row."""
+    valid = cases.key_validity(case, torch.Generator())
+    long_rows = valid is None or bool((valid.sum(-1) >= LONG_ROW).all())
+    return long_rows and case.padding != "holes" and not case.softcap
 
 
-def compiled(head_dim, *, sparse, routed, windowed):
+SERVED = tuple(case for case in cases.PREFILL + cases.BIG_PREFILL if served(case))
+
+
+def compiled(kernel, head_dim, everything, **constants):
     """The kernel's binary for ``cuda:90``."""
     config = hopper.CONFIGS[head_dim, torch.bfloat16]
-    names = hopper.attention_kernel.arg_names
+    names = kernel.arg_names
 
     def descriptor(block):
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
         return f"tensordesc<bf16{block},{layout!r}>"
 
     keys = descriptor([1, 1, config.block_n, head_dim])
-    signature = dict.fromkeys(names, "constexpr") | {
+    pointers = {"p_route": "*u8", "p_bounds": "*i32", "p_q_start": "*i32", "p_list": "*i16"}
+    kinds = {
         "d_q": descriptor([1, 1, 64, head_dim]), "d_k": keys, "d_v": keys,
-        "d_out": descriptor([1, 64, 1, head_dim]), "p_route": "*u8", "score_scale": "fp32",
-        **dict.fromkeys(("n_batch", "n_queries", "n_keys", "sink", "local", "window"), "i32"),
+        "d_out": descriptor([1, 64, 1, head_dim]), "p_count": "*i32", "score_scale": "fp32",
+        **pointers,
     }  # fmt: skip
-    constants = {
-        "HEADS": 32, "GROUP": 4, "BLOCK_M": 128, "BLOCK_N": config.block_n, "BLOCK_D": head_dim,
-        "STAGES": config.stages, "SPARSE": sparse, "HAS_ROUTE": routed, "HAS_WINDOW": windowed,
+    has = [name for name in names if name.startswith("HAS_")]
+    constants |= {
+        "HEADS": 32, "GROUP": 4, "BLOCK_D": head_dim, "STAGES": config.stages,
+        **dict.fromkeys(has, everything),
     }  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names
+    }
     source = GluonASTSource(
-        hopper.attention_kernel,
+        kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
     )
@@ -52,21 +62,32 @@ def compiled(head_dim, *, sparse, routed, windowed):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("flags", ["dense", "streaming", "everything"])
-def test_compiles_for_hopper(head_dim, flags):
-    everything = flags == "everything"
-    binary = compiled(head_dim, sparse=flags != "dense", routed=everything, windowed=everything)
+def check_binary(binary):
     assert binary.metadata.shared <= SHARED_MEMORY
     for instruction in ("wgmma", "cp.async.bulk.tensor"):
         assert instruction in binary.asm["ptx"]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("flags", ["dense", "streaming", "everything"])
+def test_compiles_for_hopper(head_dim, flags):
+    sizes = {"BLOCK_M": hopper.BLOCK_M, "BLOCK_N": 128, "SPARSE": flags != "dense"}
+    check_binary(compiled(hopper.attention_kernel, head_dim, flags == "everything", **sizes))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_block_sparse_compiles_for_hopper(head_dim, everything):
+    kernel, sizes = block_sparse.attention_kernel, {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32}
+    check_binary(compiled(kernel, head_dim, everything, **sizes))
+
+
 def check(case, dtype):
     x = cases.prefill(case, dtype, "cuda")
+    bounds = None if x.flags is None or x.flags[ALL_VALID] else x.bounds
     assert hopper.serves(x.q, x.k, x.v, case.softcap)
     out = hopper.attention(
-        x.q, x.k, x.v, x.route,
+        x.q, x.k, x.v, bounds, x.q_start, x.route,
         sink=case.sink, local=case.local, window=case.window, scale=x.scale,
     )  # fmt: skip
     cases.assert_within_bound(x, out)
@@ -80,7 +101,17 @@ def test_equals_definition(case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mixed-none", "full-300", "chunk-full", "mixed-window-small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixed-none",
+        "full-300",
+        "full-left",
+        "chunk-full",
+        "static-cache-full",
+        "mixed-window-small",
+    ],
+)
 def test_wide_heads(name):
     check(cases.at(cases.named(name), head_dim=128), torch.bfloat16)
 

@@ -5,6 +5,7 @@ import torch
 
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.masks import key_masks
+from fluxcompile.kernels.masks.flags import LONG_ROW
 
 
 def causal(key_valid, queries, q_start):
@@ -21,22 +22,29 @@ def test_bounds_of_padded_rows():
     bounds, flags = ops.mask_bounds(key_valid)
     assert bounds.tolist() == [[0, 9], [3, 9], [0, 7], [0, 0]]
     assert bounds.dtype == torch.int32
-    assert flags.tolist() == [True, True, False]
+    assert flags.tolist() == [True, True, False, False]
 
 
 def test_flags_of_holes_and_of_no_padding():
     key_valid = torch.ones(2, 9, dtype=torch.bool)
-    assert ops.mask_bounds(key_valid)[1].tolist() == [True, True, True]
+    assert ops.mask_bounds(key_valid)[1].tolist() == [True, True, True, False]
     key_valid[1, 4] = False
     bounds, flags = ops.mask_bounds(key_valid)
     assert bounds.tolist() == [[0, 9], [0, 9]]
-    assert flags.tolist() == [True, False, False]
+    assert flags.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("valid", "long"), [(LONG_ROW, True), (LONG_ROW - 1, False)])
+def test_flag_of_long_rows(valid, long):
+    key_valid = torch.ones(2, 200, dtype=torch.bool)
+    key_valid[1, valid:] = False
+    assert ops.mask_bounds(key_valid)[1].tolist() == [True, True, False, long]
 
 
 def test_bounds_without_keys():
     bounds, flags = ops.mask_bounds(torch.ones(2, 0, dtype=torch.bool))
     assert bounds.tolist() == [[0, 0], [0, 0]]
-    assert flags.tolist() == [True, True, True]
+    assert flags.tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize(("queries", "q_start"), [(1, 8), (9, 0), (4, 5), (4, 2), (2, 0)])
@@ -49,14 +57,14 @@ def test_reads_a_causal_mask(queries, q_start):
     assert torch.equal(got, key_valid & reachable)
     end = min(9, q_start + queries)
     assert bounds.tolist() == [[0, end], [2, end] if end > 2 else [0, 0]]
-    assert flags.tolist() == [True, True, False]
+    assert flags.tolist() == [True, True, False, False]
 
 
 def test_reads_a_mask_with_holes():
     key_valid = torch.tensor([[True, False, True, True]])
     _, bounds, flags = ops.read_mask(causal(key_valid, 4, 0), torch.zeros(1, dtype=torch.int32))
     assert bounds.tolist() == [[0, 4]]
-    assert flags.tolist() == [True, False, False]
+    assert flags.tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("entry", [(0, 0), (5, 3), (7, 8), (0, 8)])
@@ -80,4 +88,4 @@ def test_reads_an_expanded_mask():
     key_valid, bounds, flags = ops.read_mask(mask, torch.zeros(1, dtype=torch.int32))
     assert key_valid.is_contiguous()
     assert bounds.tolist() == [[0, 9]] * 3
-    assert flags.all()
+    assert flags.tolist() == [True, True, True, False]

@@ -144,7 +144,7 @@ def _bad_calls():
         "bounds alone": (full(key_valid=None, flags=None), "key mask"),
         "flags shape": (full(flags=torch.ones(2, dtype=torch.bool)), "flags"),
         "key_valid length": (full(key_valid=torch.ones(2, 7, dtype=torch.bool)), "key_valid"),
-        "unreadable without mask": (full(flags=torch.zeros(3, dtype=torch.bool)), "dense_mask"),
+        "unreadable without mask": (full(flags=torch.zeros(4, dtype=torch.bool)), "dense_mask"),
         "dense_mask dtype": (full(dense_mask=x(1, 1, 20, 20)), "dense_mask"),
         "q_start dtype": (full(q_start=torch.zeros(1)), "q_start"),
         "more queries than keys": (full(q=x(2, 4, 21, 64)), "Sq without q_start"),
