@@ -85,3 +85,56 @@ def test_dense_layers_are_spread(prefill, layers, omega, dense):
     places = [i for i, full in enumerate(routes) if full]
     gaps = {b - a for a, b in itertools.pairwise(places)}
     assert len(gaps) <= 2
+
+
+def run_kernels(tmp_path, *arguments):
+    file = tmp_path / "kernels.json"
+    command = [sys.executable, str(FOLDER / "kernels.py"), "--device", "cpu", "--tiny"]
+    subprocess.run(
+        [*command, "--json", str(file), *arguments], check=True, capture_output=True, text=True
+    )
+    return json.loads(file.read_text())
+
+
+def test_kernels_script_runs_on_a_cpu(tmp_path):
+    kernels = ("dense", "triangle", "block-sparse", "xattention", "decode")
+    record = run_kernels(tmp_path, "--kernels", *kernels)
+    assert record["failures"] == []
+    assert {row["batch"] for row in record["rows"]} == {1, 2}
+    names = {row["kernel"].split(",")[0] for row in record["rows"]}
+    assert {"dense rows", "triangle", "block-sparse", "XAttention choice", "decode"} <= names
+    for row in record["rows"]:
+        assert row["seconds"] > 0
+        assert row["floor"] > 0
+        assert all(seconds > 0 for seconds in row["peers"].values())
+        assert row["error"] is None or row["error"] < 1e-5
+        assert row["bound"] is None, "goals are for the GPU"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import measured_kernels
+
+    yield measured_kernels
+    for name in ("measured_kernels", "peers", "models", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_a_wrong_kernel_is_not_timed(measured, monkeypatch):
+    """Streaming attention in the place of dense attention must be noticed."""
+    setting = measured.Setting(
+        1, 300, 4, 2, 64, 16, 64, "cpu", torch.float32, flops=1e12, bytes=1e12
+    )
+    monkeypatch.setattr(measured, "_ours_dense", measured._ours_streaming)
+    monkeypatch.setattr(measured, "typical_seconds", lambda *_: pytest.fail("timed"))
+    with pytest.raises(measured.WrongResult, match="dense"):
+        measured.dense(setting)
+
+
+def test_verdicts(measured):
+    row = measured.Measurement("k", 2e-3, 1e-3, achieved=1.2, bound=1.15, at_least=True)
+    assert row.met
+    assert row.columns()["of floor"] == "2.00×"
+    assert not measured.Measurement("k", 1.0, 1.0, achieved=1.2, bound=1.15).met
+    assert measured.Measurement("k", 1.0, 1.0, achieved=1.2).met is None
