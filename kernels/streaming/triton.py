@@ -16,6 +16,7 @@ Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, 
 queries, ``N`` keys, ``D`` head dim.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_str
 
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
-_UNLIMITED = tl.constexpr(1 << 30)  # the local span of a dense row, in tokens
+UNLIMITED = tl.constexpr(1 << 30)  # the local span of a dense row, in tokens
+LN_2 = tl.constexpr(math.log(2))
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,86 @@ CONFIGS = {
     (128, 4): Config(32, 64, 8, 2),
     (256, 4): Config(32, 16, 8, 2),
 }
+
+
+@triton.jit
+def seen(
+    o_key, o_position, key_end, start, last, sink, reach, dense_begin, window,
+    SPARSE: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Which queries see which keys, none of them before ``start``; the two shapes broadcast."""
+    m_seen = (o_key <= o_position) & (o_key < key_end)
+    if HAS_WINDOW:
+        m_seen &= o_key > o_position - window
+    if SPARSE:
+        m_near = o_key > tl.minimum(o_position, last) - reach
+        m_near |= o_key < start + sink
+        if HAS_DENSE:
+            m_near |= (o_position >= dense_begin) & (o_position <= last)
+        m_seen &= m_near
+    return m_seen
+
+
+@triton.jit
+def key_runs(
+    low, high, start, end, sink, reach, dense_begin, window,
+    BLOCK_N: tl.constexpr,
+    SPARSE: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Where the four runs of queries at ``low`` to ``high`` begin and end, and their blocks.
+
+    Also the reach that :func:`seen` must be given: unlimited where all these queries are dense.
+    """
+    key_begin = start
+    key_end = tl.minimum(end, high + 1)
+    full_end = tl.minimum(key_end, low + 1)
+    if HAS_WINDOW:
+        key_begin = tl.maximum(start, low - window + 1)
+    full_begin = key_begin
+    if HAS_WINDOW:
+        full_begin = tl.maximum(start, high - window + 1)
+    local_begin = key_begin
+    sink_end = key_begin
+    last = end - 1
+    if SPARSE:
+        near_begin = tl.minimum(low, last) - reach + 1
+        if HAS_DENSE:
+            any_dense = (high >= dense_begin) & (low < end)
+            near_begin = tl.where(any_dense, start, near_begin)
+            all_dense = (low >= dense_begin) & (high < end)
+            reach = tl.where(all_dense, UNLIMITED, reach)
+        near_full = tl.minimum(high, last) - reach + 1
+        apart = near_begin > start + sink  # else one run of keys from the row's beginning
+        sink_end = tl.where(apart, tl.minimum(start + sink, key_end), key_begin)
+        local_begin = tl.where(apart, tl.maximum(key_begin, near_begin), key_begin)
+        full_begin = tl.where(
+            near_full > start + sink, tl.maximum(full_begin, near_full), full_begin
+        )
+
+    n_sink = tl.cdiv(tl.maximum(sink_end - key_begin, 0), BLOCK_N)
+    n_edge = tl.cdiv(tl.maximum(tl.minimum(full_begin, key_end) - local_begin, 0), BLOCK_N)
+    i_full = local_begin + n_edge * BLOCK_N
+    n_full = tl.maximum(full_end - i_full, 0) // BLOCK_N
+    i_diagonal = i_full + n_full * BLOCK_N
+    n_diagonal = tl.cdiv(tl.maximum(key_end - i_diagonal, 0), BLOCK_N)
+    return (
+        reach, key_begin, sink_end, local_begin, i_full, i_diagonal, key_end,
+        n_sink, n_edge, n_full, n_diagonal,
+    )  # fmt: skip
+
+
+@triton.jit
+def masked_block(
+    i, key_begin, sink_end, local_begin, i_diagonal, key_end, n_sink, n_edge,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """First key of block ``i`` of the masked runs taken as one, and the end of its run."""
+    i_after_sink = i - n_sink
+    i_after_edge = i_after_sink - n_edge
+    i_local = local_begin + i_after_sink * BLOCK_N
+    i_key = tl.where(i_after_edge < 0, i_local, i_diagonal + i_after_edge * BLOCK_N)
+    i_key = tl.where(i_after_sink < 0, key_begin + i * BLOCK_N, i_key)
+    return i_key, tl.where(i_after_sink < 0, sink_end, key_end)
 
 
 @triton.jit
@@ -87,15 +169,10 @@ def _attend_keys(
         # tanh(x) = 1 - 2 / (1 + exp(2x)), right at both infinities
         b_scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_scores * cap_scale))
     if MASKED:
-        m_seen = (o_key[None, :] <= o_position[:, None]) & (o_key < key_end)[None, :]
-        if HAS_WINDOW:
-            m_seen &= o_key[None, :] > o_position[:, None] - window
-        if SPARSE:
-            m_near = o_key[None, :] > tl.minimum(o_position, last)[:, None] - reach
-            m_near |= (o_key < start + sink)[None, :]
-            if HAS_DENSE:
-                m_near |= ((o_position >= dense_begin) & (o_position <= last))[:, None]
-            m_seen &= m_near
+        m_seen = seen(
+            o_key[None, :], o_position[:, None], key_end, start, last, sink, reach, dense_begin,
+            window, SPARSE, HAS_DENSE, HAS_WINDOW,
+        )  # fmt: skip
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
     b_max_new = tl.maximum(b_max, tl.max(b_scores, 1) * score_scale)
     b_weights = tl.exp2(b_scores * score_scale - b_max_new[:, None])
@@ -110,7 +187,7 @@ def _attend_keys(
     do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "n_dense", "window"],
 )
 def attention_kernel(
-    p_q, p_k, p_v, p_out, p_bounds, p_q_start, p_route,
+    p_q, p_k, p_v, p_out, p_lse, p_bounds, p_q_start, p_route,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     n_batch, n_queries, n_keys, sink, local, n_dense, window, score_scale, cap_scale, softcap,
@@ -118,7 +195,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr, HAS_ROUTE: tl.constexpr,
     SPARSE: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Attend from queries ``[i_block * M, (i_block + 1) * M)`` of one head of one row."""
     # Heads first, so that those that share KV run together; late blocks, the longest, before early.
@@ -145,43 +222,21 @@ def attention_kernel(
     high = first + tl.minimum(i_query + BLOCK_M, n_queries) - 1
     o_position = low + o_m
 
-    key_begin = start
-    key_end = tl.minimum(end, high + 1)
-    full_end = tl.minimum(key_end, low + 1)
-    if HAS_WINDOW:
-        key_begin = tl.maximum(start, low - window + 1)
-    full_begin = key_begin
-    if HAS_WINDOW:
-        full_begin = tl.maximum(start, high - window + 1)
-    local_begin = key_begin
-    sink_end = key_begin
     last = end - 1
     reach = local
     dense_begin = end
     if SPARSE:
         if HAS_ROUTE:
-            reach = tl.where(tl.load(p_route + i_batch) != 0, _UNLIMITED, local)
-        near_begin = tl.minimum(low, last) - reach + 1
+            reach = tl.where(tl.load(p_route + i_batch) != 0, UNLIMITED, local)
         if HAS_DENSE:
             dense_begin = tl.minimum(end, first + n_queries) - n_dense
-            any_dense = (high >= dense_begin) & (low < end)
-            near_begin = tl.where(any_dense, start, near_begin)
-            all_dense = (low >= dense_begin) & (high < end)
-            reach = tl.where(all_dense, _UNLIMITED, reach)
-        near_full = tl.minimum(high, last) - reach + 1
-        apart = near_begin > start + sink  # else one run of keys from the row's beginning
-        sink_end = tl.where(apart, tl.minimum(start + sink, key_end), key_begin)
-        local_begin = tl.where(apart, tl.maximum(key_begin, near_begin), key_begin)
-        full_begin = tl.where(
-            near_full > start + sink, tl.maximum(full_begin, near_full), full_begin
-        )
-
-    n_sink = tl.cdiv(tl.maximum(sink_end - key_begin, 0), BLOCK_N)
-    n_edge = tl.cdiv(tl.maximum(tl.minimum(full_begin, key_end) - local_begin, 0), BLOCK_N)
-    i_full = local_begin + n_edge * BLOCK_N
-    n_full = tl.maximum(full_end - i_full, 0) // BLOCK_N
-    i_diagonal = i_full + n_full * BLOCK_N
-    n_diagonal = tl.cdiv(tl.maximum(key_end - i_diagonal, 0), BLOCK_N)
+    (
+        reach, key_begin, sink_end, local_begin, i_full, i_diagonal, key_end,
+        n_sink, n_edge, n_full, n_diagonal,
+    ) = key_runs(
+        low, high, start, end, sink, reach, dense_begin, window,
+        BLOCK_N, SPARSE, HAS_DENSE, HAS_WINDOW,
+    )  # fmt: skip
 
     p_k += i_batch * stride_kb + i_kv_head.to(tl.int64) * stride_kh
     p_v += i_batch * stride_vb + i_kv_head.to(tl.int64) * stride_vh
@@ -201,19 +256,22 @@ def attention_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_N, False, SPARSE, HAS_DENSE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
     for i in range(n_sink + n_edge + n_diagonal):
-        i_after_sink = i - n_sink
-        i_after_edge = i_after_sink - n_edge
-        i_local = local_begin + i_after_sink * BLOCK_N
-        i_key = tl.where(i_after_edge < 0, i_local, i_diagonal + i_after_edge * BLOCK_N)
-        i_key = tl.where(i_after_sink < 0, key_begin + i * BLOCK_N, i_key)
+        i_key, run_end = masked_block(
+            i, key_begin, sink_end, local_begin, i_diagonal, key_end, n_sink, n_edge, BLOCK_N
+        )
         b_out, b_max, b_sum = _attend_keys(
             b_out, b_max, b_sum, b_q, p_k, p_v, stride_ks, stride_vs,
-            i_key, tl.where(i_after_sink < 0, sink_end, key_end),
+            i_key, run_end,
             o_position, start, last, sink, reach, dense_begin, window,
             score_scale, cap_scale, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_N, True, SPARSE, HAS_DENSE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
 
+    if HAS_LSE:
+        # Infinite for a query without keys, so that every weight taken from it is zero.
+        b_lse = tl.where(b_sum == 0.0, float("inf"), (b_max + tl.log2(b_sum)) * LN_2)
+        p_lse += (i_batch * HEADS + i_head) * n_queries + i_query
+        tl.store(p_lse + o_m, b_lse, mask=i_query + o_m < n_queries)
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     p_out += ((i_batch * n_queries + i_query) * HEADS + i_head) * HEAD_DIM
     p_out_block = p_out + o_m[:, None] * (HEADS * HEAD_DIM) + o_d[None, :]
@@ -234,6 +292,8 @@ def attention(
     scale: float,
     softcap: float,
     last: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Launch :func:`attention_kernel` without reading device data.
@@ -243,6 +303,9 @@ def attention(
         bounds: None: every key is valid.
         sink: None: every row is dense.
         last: queries at the end of each row's valid keys that are dense in sparse rows too.
+        out: contiguous ``[B, Sq, H, D]`` for the result; None: a new one.
+        lse: fp32 ``[B, H, Sq]``, contiguous: filled with the logarithm of each query's sum of
+            exponentials, infinite where it sees no key.
         config: tile sizes; None: the ones of :data:`CONFIGS`.
 
     Returns:
@@ -252,13 +315,13 @@ def attention(
     batch, heads, queries, head_dim = q.shape
     block_d = tile(head_dim)
     config = config or CONFIGS[block_d, q.element_size()]
-    out = q.new_empty(batch, queries, heads, head_dim)
+    out = q.new_empty(batch, queries, heads, head_dim) if out is None else out
     blocks = triton.cdiv(queries, config.block_m)
     if not out.numel():
         return out
     with torch.cuda.device_of(q):
         attention_kernel[(heads * batch * blocks,)](
-            q, k, v, out,
+            q, k, v, out, q if lse is None else lse,
             q if bounds is None else bounds.contiguous(),
             q if q_start is None else q_start,
             q if route is None else route.contiguous().view(torch.uint8),
@@ -269,7 +332,7 @@ def attention(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
             HAS_ROUTE=route is not None, SPARSE=sink is not None, HAS_DENSE=last > 0,
-            HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
+            HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, HAS_LSE=lse is not None,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
