@@ -4,6 +4,8 @@ Slow and rare: padding with holes, or a mask that could not be read. Runs on any
 synchronises, and never builds a ``Sq x Skv`` buffer.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from fluxcompile.kernels.block import attend
 from fluxcompile.kernels.masks.flags import CONTIGUOUS
 from fluxcompile.kernels.validation import check_readable
 
-_QUERIES = 256  # queries a block
+QUERIES = 256  # queries a block
 
 
 def irregular_attention(
@@ -50,8 +52,8 @@ def masked_attention(
 ) -> Tensor:
     """Attend under exactly ``mask`` bool ``[B|1, 1, Sq, Skv]``; returns ``[B, Sq, H, D]``."""
     out = _empty_output(q)
-    for first in range(0, q.shape[2], _QUERIES):
-        block = slice(first, first + _QUERIES)
+    for first in range(0, q.shape[2], QUERIES):
+        block = slice(first, first + QUERIES)
         rows = attend(q[:, :, block], k, v, mask[:, :, block], scale=scale, softcap=softcap)
         out[:, block] = rows.transpose(1, 2)
     return out
@@ -81,19 +83,39 @@ def ranked_attention(
     Returns:
         ``[B, Sq, H, D]``.
     """
-    queries, keys = q.shape[2], k.shape[2]
     # Invalid keys may hold anything, NaN too, which a zero weight would not remove.
     invalid = ~key_valid[:, None, :, None]
     k, v = k.masked_fill(invalid, 0), v.masked_fill(invalid, 0)
-    index = torch.arange(keys, device=q.device)
+    out = _empty_output(q)
+    for block, seen in ranked_blocks(
+        key_valid, q.shape[2], q_start, route, sink=sink, local=local, window=window, last=last
+    ):
+        rows = attend(q[:, :, block], k, v, seen, scale=scale, softcap=softcap)
+        out[:, block] = rows.transpose(1, 2)
+    return out
+
+
+def ranked_blocks(
+    key_valid: Tensor,
+    queries: int,
+    q_start: Tensor | None,
+    route: Tensor | None,
+    *,
+    sink: int | None,
+    local: int | None,
+    window: int,
+    last: int = 0,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of the queries of :func:`ranked_attention` and their mask, bool ``[B, 1, M, Skv]``."""
+    keys, device = key_valid.shape[1], key_valid.device
+    index = torch.arange(keys, device=device)
     rank = key_valid.cumsum(-1, dtype=torch.int32) - 1
     start = keys - queries if q_start is None else q_start
     # Rank of each row's last query that sits at a valid key, or of the last valid key before it.
-    rank_last = rank[:, (torch.full((1,), queries - 1, device=q.device) + start).clamp(0, keys - 1)]
-    out = _empty_output(q)
-    for first in range(0, queries, _QUERIES):
-        block = slice(first, first + _QUERIES)
-        position = torch.arange(first, min(first + _QUERIES, queries), device=q.device)
+    rank_last = rank[:, (torch.full((1,), queries - 1, device=device) + start).clamp(0, keys - 1)]
+    for first in range(0, queries, QUERIES):
+        block = slice(first, first + QUERIES)
+        position = torch.arange(first, min(first + QUERIES, queries), device=device)
         position += start
         seen = key_valid[:, None, :] & (index <= position[:, None])
         if window:
@@ -105,9 +127,7 @@ def ranked_attention(
                 dense = key_valid[:, position.clamp(0, keys - 1)] & (rank_query > rank_last - last)
                 near |= dense[:, :, None]
             seen &= near if route is None else near | route[:, None, None]
-        rows = attend(q[:, :, block], k, v, seen[:, None], scale=scale, softcap=softcap)
-        out[:, block] = rows.transpose(1, 2)
-    return out
+        yield block, seen[:, None]
 
 
 def _empty_output(q: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def register(
     cpu: Callable,
     cuda: Callable,
     fake: Callable,
+    under_grad: Callable | None = None,
     layout: torch.Tag = ANY_LAYOUT,
 ) -> None:
     """Define ``flux::<name><schema>``.
@@ -32,12 +33,14 @@ def register(
     Args:
         check: raises :class:`KernelError` for operands that the operator cannot serve. It, like
             the three implementations, takes the operator's arguments in order.
+        under_grad: what runs instead, on any device, where an operand requires grad under grad
+            mode; None: an error.
         layout: ``ANY_LAYOUT`` or ``KEEPS_LAYOUT``.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, layout))
     _LIBRARY.impl(name, _checked(check, cpu), "CPU")
     _LIBRARY.impl(name, _checked(check, cuda), "CUDA")
-    _LIBRARY.impl(name, _no_autograd(name), "Autograd", with_keyset=True)
+    _LIBRARY.impl(name, _autograd(name, under_grad), "Autograd", with_keyset=True)
     torch.library.register_fake(f"flux::{name}", _checked(check, fake), lib=_LIBRARY)
 
 
@@ -57,14 +60,16 @@ def _checked(check: Callable[..., None], implementation: Callable) -> Callable:
     return kernel
 
 
-def _no_autograd(name: str) -> Callable:
-    """The op's Autograd kernel: an error under grad, otherwise straight to the device's kernel."""
+def _autograd(name: str, under_grad: Callable | None) -> Callable:
+    """The op's Autograd kernel: ``under_grad`` or an error under grad, else the device's kernel."""
     op = getattr(torch.ops.flux, name).default
 
     def kernel(keyset, *operands):
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(operands)
         ):
+            if under_grad is not None:
+                return under_grad(*operands)
             raise KernelError.mismatch(
                 f"flux::{name} has no backward",
                 "operands that need no gradient, or torch.no_grad()",

@@ -1,5 +1,6 @@
 """Full and streaming attention on a CPU: slices instead of masks wherever a row is contiguous."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ _QUERIES = 128
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """What a batch row attends to: valid keys ``start <= j < end``, all of them or sink and local.
 
     ``first`` is the key index of query 0; ``sink`` and ``local`` are None in a dense row.
@@ -94,13 +95,7 @@ def streaming_attention(
     if irregular is not None:
         return irregular
     batch, heads, queries, head_dim = q.shape
-    first = k.shape[2] - queries if q_start is None else int(q_start)
-    starts_ends = [(0, k.shape[2])] * batch if bounds is None else bounds.tolist()
-    dense = [sink is None] * batch if sink is None or route is None else route.tolist()
-    rows = [
-        _Row(start, end, first, None if full else sink, None if full else local, window)
-        for (start, end), full in zip(starts_ends, dense, strict=True)
-    ]
+    rows = batch_rows(q, k, bounds, q_start, route, sink, local, window)
     out = q.new_empty(batch, queries, heads, head_dim)
     if len(set(rows)) == 1:
         _attend_row(out, q, k, v, rows[0], scale, softcap)
@@ -111,8 +106,34 @@ def streaming_attention(
     return out
 
 
+def batch_rows(q, k, bounds, q_start, route, sink, local, window) -> list[Row]:
+    """What each row attends to; none may have holes."""
+    batch, keys = q.shape[0], k.shape[2]
+    first = keys - q.shape[2] if q_start is None else int(q_start)
+    starts_ends = [(0, keys)] * batch if bounds is None else bounds.tolist()
+    dense = [sink is None] * batch if sink is None or route is None else route.tolist()
+    return [
+        Row(start, end, first, None if full else sink, None if full else local, window)
+        for (start, end), full in zip(starts_ends, dense, strict=True)
+    ]
+
+
+def key_blocks(
+    row: Row, begin: int, queries: int
+) -> Iterator[tuple[slice, list[tuple[int, int]], Tensor | None]]:
+    """Blocks of the queries from ``begin`` on, the key ranges of each and their mask ``[M, N]``.
+
+    No ranges where no query of the block sees a key; no mask where each sees every key of them.
+    """
+    for first in range(begin, queries, _QUERIES):
+        block = slice(first, min(first + _QUERIES, queries))
+        low, high = row.first + block.start, row.first + block.stop - 1
+        ranges = row.ranges(low, high)
+        yield block, ranges, row.seen(ranges, low, high) if ranges else None
+
+
 def _attend_row(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, row: _Row, scale: float, softcap: float
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float, softcap: float
 ) -> None:
     """Write the attention of rows that are all alike into ``out`` ``[B, Sq, H, D]``."""
     queries = q.shape[2]
@@ -128,20 +149,17 @@ def _attend_row(
             )  # fmt: skip
             out[:, :skipped] = 0
             out[:, skipped:done] = square.transpose(1, 2)
-    for begin in range(done, queries, _QUERIES):
-        block = slice(begin, min(begin + _QUERIES, queries))
-        low, high = row.first + block.start, row.first + block.stop - 1
-        ranges = row.ranges(low, high)
+    for block, ranges, seen in key_blocks(row, done, queries):
         if not ranges:
             out[:, block] = 0
             continue
-        seen = row.seen(ranges, low, high)
         attended = attend(
-            q[:, :, block], _take(k, ranges), _take(v, ranges), seen, scale=scale, softcap=softcap
+            q[:, :, block], take(k, ranges), take(v, ranges), seen, scale=scale, softcap=softcap
         )
         out[:, block] = attended.transpose(1, 2)
 
 
-def _take(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+def take(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """The keys of ``ranges`` of ``x`` ``[B, HK, Skv, D]``, laid end to end."""
     parts = [x[:, :, begin:end] for begin, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
