@@ -14,7 +14,9 @@ Importing this module registers the operators and imports no Triton. Operands, s
 =============  =======================  ==========================================================
 
 Every result is contiguous and in q's dtype; softmax runs in fp32; a query that may attend to no
-key gives zeros. Operands that an operator cannot serve raise :class:`KernelError`.
+key gives zeros. Operands that an operator cannot serve raise :class:`KernelError`, and so do
+operands that require grad under grad mode, but for ``full_attention`` and ``streaming_attention``:
+these can be differentiated, once, with respect to ``q``, ``k`` and ``v``.
 """
 
 import torch
@@ -31,6 +33,7 @@ from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.router.op import route_rows
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
+from fluxcompile.kernels.streaming.backward.op import differentiable_full, differentiable_streaming
 from fluxcompile.kernels.triangle.op import triangle_attention
 from fluxcompile.kernels.xattention.op import xattention_attention
 
@@ -202,6 +205,7 @@ register(
     cpu=streaming_cpu.full_attention,
     cuda=streaming_cuda.full_attention,
     fake=attention_fake,
+    under_grad=differentiable_full,
 )
 register(
     "streaming_attention",
@@ -211,6 +215,7 @@ register(
     cpu=streaming_cpu.streaming_attention,
     cuda=streaming_cuda.streaming_attention,
     fake=attention_fake,
+    under_grad=differentiable_streaming,
 )
 register(
     "decode_attention",

@@ -246,14 +246,18 @@ def decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu") -> Decode:
 
 def assert_within_bound(operands: Prefill | Decode, out: Tensor) -> None:
     """``max |out - exact| <= 2 max |eager in out's dtype - exact|``, plus an absolute floor."""
-    exact = operands.reference(torch.float64)
-    eager = operands.reference(out.dtype)
-    assert out.shape == exact.shape
     assert out.is_contiguous()
-    assert not out.isnan().any()
-    error = (out - exact).abs().max().item()
+    exact = operands.reference(torch.float64)
+    assert_error_within(operands.case.name, out, operands.reference(out.dtype), exact)
+
+
+def assert_error_within(what: str, found: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """``max |found - exact| <= 2 max |eager - exact|``, plus an absolute floor."""
+    assert found.shape == exact.shape
+    assert not found.isnan().any(), what
+    error = (found - exact).abs().max().item()
     allowed = 2 * (eager - exact).abs().max().item() + _FLOOR
-    assert error <= allowed, f"{operands.case.name}: error {error:.3g}, allowed {allowed:.3g}"
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def named(name: str) -> Case | DecodeCase:

@@ -30,6 +30,8 @@ def calls():
     bare_step = cases.decode(cases.named("sparse"), torch.float32)
     explicit = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     flux = torch.ops.flux
+    routed = x.q, x.k, x.v, *mask, x.route
+    out, lse = flux.streaming_attention_lse(*routed, 2, 4, 0, 0.1, 0.0)
     return {
         "mask_bounds": (flux.mask_bounds.default, (x.key_valid,)),
         "read_mask": (flux.read_mask.default, (explicit, torch.zeros(1, dtype=torch.int32))),
@@ -37,7 +39,12 @@ def calls():
         "full-bare": (flux.full_attention.default, (*bare, *[None] * 5, 5, 0.1, 2.0)),
         "streaming": (
             flux.streaming_attention.default,
-            (x.q, x.k, x.v, *mask, x.route, 2, 4, 0, 0.1, 0.0),
+            (*routed, 2, 4, 0, 0.1, 0.0),
+        ),
+        "lse": (flux.streaming_attention_lse.default, (*routed, 2, 4, 0, 0.1, 0.0)),
+        "gradients": (
+            flux.streaming_attention_backward.default,
+            (out.sin(), out, lse, *routed, 2, 4, 0, 0.1, 0.0),
         ),
         "decode": (flux.decode_attention.default, (*step.operands, 0.1, 0.0)),
         "decode-bare": (
@@ -97,14 +104,15 @@ def test_any_strides():
     torch.testing.assert_close(ops.streaming_attention(*strided, *mask, **options), expected)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_grad_is_refused(which):
-    qkv = [torch.randn(1, 2, 4, 8) for _ in range(3)]
-    qkv[which].requires_grad_()
-    with pytest.raises(KernelError, match=r"no backward.*expected.*got"):
-        ops.full_attention(*qkv, scale=1.0)
-    with torch.no_grad():
-        ops.full_attention(*qkv, scale=1.0)
+@pytest.mark.parametrize("name", ["decode", "block_sparse", "triangle", "gradients"])
+def test_grad_is_refused(name):
+    op, args = calls()[name]
+    for i in (i for i, x in enumerate(args[:3]) if x.is_floating_point()):
+        operands = [x.clone().requires_grad_() if j == i else x for j, x in enumerate(args)]
+        with pytest.raises(KernelError, match=r"no backward.*expected.*got"):
+            op(*operands)
+        with torch.no_grad():
+            op(*operands)
 
 
 def _bad_calls():
