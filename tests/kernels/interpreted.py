@@ -15,7 +15,7 @@ from fluxcompile.kernels.router import triton as router_triton
 from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.streaming.triton import Config
 
-from . import cases, router_cases, triton_checks
+from . import cases, gradient_cases, router_cases, triton_checks
 
 TOKENS = 100
 TILES = Config(16, 16, 4, 1)
@@ -58,6 +58,18 @@ def test_prefill_dispatch_of_cuda(name):
     else:
         out = cuda.streaming_attention(*operands, x.route, x.case.sink, x.case.local, *options)
     cases.assert_within_bound(x, out)
+
+
+@pytest.mark.parametrize("case", [small(c) for c in triton_checks.GRADIENTS], ids=cases.name)
+def test_gradients(case):
+    triton_checks.check_gradients(case, torch.float32, "cpu", TILES, (TILES, TILES))
+
+
+@pytest.mark.parametrize("name", ["full-left", "mixed-both", "window-shorter-right"])
+def test_gradients_half(name):
+    tiles = Config(32, 16, 4, 1), Config(16, 32, 4, 1)
+    case = small(gradient_cases.named(name))
+    triton_checks.check_gradients(case, torch.float16, "cpu", TILES, tiles)
 
 
 @pytest.mark.parametrize("case", cases.DECODE, ids=cases.name)

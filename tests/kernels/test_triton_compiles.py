@@ -13,15 +13,17 @@ from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
 from fluxcompile.kernels.host_flag import triton as flag_triton  # noqa: E402
 from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
 from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
+from fluxcompile.kernels.streaming.backward import triton as backward_triton  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
-FLOATS = ("score_scale", "cap_scale", "softcap", "threshold")
+FLOATS = ("scale", "score_scale", "cap_scale", "softcap", "threshold")
 TYPES = {
     "p_bounds": "*i32", "p_q_start": "*i32", "p_route": "*u8", "p_valid": "*u8", "p_mask": "*u8",
     "p_list": "*i16", "p_count": "*i32", "p_rows": "*u8", "p_flag": "*u8",
 }  # fmt: skip
-PARTIAL = ("p_part", "p_max", "p_sum")
+FAST_GRADIENTS = ((64, "bf16"), (128, "bf16"))  # what a model is trained in
+PARTIAL = ("p_part", "p_max", "p_sum", "p_lse", "p_delta")
 
 
 def compiled(kernel, config, element, constants):
@@ -73,6 +75,35 @@ def test_prefill_compiles(head_dim, element, config, flags):
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPARSE": flags != "full",
         **dict.fromkeys(has, flags == "everything"),
     }  # fmt: skip
+    binary = compiled(kernel, config, element, constants)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")
+
+
+@pytest.mark.parametrize("flags", ["streaming", "full", "everything"])
+@pytest.mark.parametrize("kernel", ["query", "key"])
+@pytest.mark.parametrize(
+    ("head_dim", "element"),
+    [
+        pytest.param(
+            head_dim, element, id=f"{head_dim}-{element}",
+            marks=() if (head_dim, element) in FAST_GRADIENTS else pytest.mark.slow,
+        )
+        for head_dim, size in backward_triton.KEY_CONFIGS
+        for element in (("fp32",) if size == 4 else ("bf16", "fp16"))
+    ],
+)  # fmt: skip
+def test_gradients_compile(head_dim, element, kernel, flags):
+    table = getattr(backward_triton, f"{kernel.upper()}_CONFIGS")
+    config = table[head_dim, 4 if element == "fp32" else 2]
+    kernel = getattr(backward_triton, f"{kernel}_kernel")
+    has = [name for name in kernel.arg_names if name.startswith("HAS_")]
+    constants = {
+        "HEADS": 32, "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPARSE": flags != "full",
+        **dict.fromkeys(has, flags == "everything"),
+    }  # fmt: skip
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
     binary = compiled(kernel, config, element, constants)
     assert binary.metadata.shared <= SHARED_MEMORY
     assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from fluxcompile.kernels import ops
 
-from . import cases, triton_checks
+from . import cases, gradient_cases, triton_checks
 
 pytestmark = pytest.mark.gpu
 
@@ -20,6 +20,36 @@ MIXED = cases.named("mixed-both")
 @pytest.mark.parametrize("case", triton_checks.PREFILL + cases.BIG_PREFILL, ids=cases.name)
 def test_prefill_kernel(case, dtype):
     triton_checks.check_prefill(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+@pytest.mark.parametrize("case", triton_checks.GRADIENTS + cases.BIG_PREFILL, ids=cases.name)
+def test_gradient_kernels(case, dtype):
+    triton_checks.check_gradients(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+def test_gradients_of_head_dims(dtype, head_dim):
+    for name in ("mixed-both", "full-300"):
+        case = cases.at(cases.named(name), head_dim=head_dim, queries=1000, keys=1000)
+        triton_checks.check_gradients(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
+@pytest.mark.parametrize("case", gradient_cases.CASES, ids=cases.name)
+def test_gradients_of_operator(case, dtype):
+    """Whatever the dispatch picks, through autograd: the kernels, or plain torch for holes."""
+    x = cases.prefill(case, dtype, "cuda")
+    gradient_cases.assert_within_bound(x, gradient_cases.gradients(x, x.run))
+
+
+def test_gradients_are_deterministic():
+    x = cases.prefill(cases.at(MIXED, queries=1000, keys=1000), torch.bfloat16, "cuda")
+    first = gradient_cases.gradients(x, x.run)
+    for again in range(3):
+        for a, b in zip(first, gradient_cases.gradients(x, x.run), strict=True):
+            assert torch.equal(a, b), again
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
