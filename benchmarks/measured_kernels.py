@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from peers import SDPA, flex_causal, flex_streaming, sdpa
+from peers import SDPA, flex_causal, flex_streaming, masked_sdpa, sdpa
 
 from common import replayed_seconds, synchronise, typical_seconds
 from fluxcompile.kernels import ops
@@ -347,23 +347,24 @@ def backward(s: Setting) -> list[Measurement]:
     """Gradients of streaming attention, the forward not counted; the same of FlexAttention."""
     operands = [x.requires_grad_() for x in s.operands()]
     ours = _ours_streaming(s, *operands)()
-    flex = flex_streaming(s.length, s.sink, s.local, s.device)(*operands).transpose(1, 2)
+    name, peer = ("Flex", flex_streaming) if s.device == "cuda" else ("masked SDPA", masked_sdpa)
+    theirs = peer(s.length, s.sink, s.local, s.device)(*operands).transpose(1, 2)
     grad = torch.randn_like(ours)
 
     def gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(out, operands, grad, retain_graph=True)
 
-    pairs = zip(gradients(ours), gradients(flex), strict=True)
+    pairs = zip(gradients(ours), gradients(theirs), strict=True)
     error = max(checked("streaming backward", a, b) for a, b in pairs)
-    seconds, flex_seconds = (
-        typical_seconds(lambda out=out: gradients(out), s.device) for out in (ours, flex)
+    seconds, peer_seconds = (
+        typical_seconds(lambda out=out: gradients(out), s.device) for out in (ours, theirs)
     )
     # Five matrix products: the scores again, dv, dp, dq, dk.
     floor = s.arithmetic_floor(pairs_streaming(s.length, s.sink, s.local), products=5)
     return [
         Measurement(
-            "streaming backward", seconds, floor, {"Flex": flex_seconds}, error,
-            **asked(s, "≥ 1 Flex", flex_seconds / seconds, 1.0, at_least=True),
+            "streaming backward", seconds, floor, {name: peer_seconds}, error,
+            **asked(s, "≥ 1 Flex", peer_seconds / seconds, 1.0, at_least=True),
         )
     ]  # fmt: skip
 

@@ -36,6 +36,14 @@ def flex_streaming(length: int, sink: int, local: int, device: str) -> Callable[
     return _flex(_block_mask(seen, length, device))
 
 
+def masked_sdpa(length: int, sink: int, local: int, device: str) -> Callable[..., torch.Tensor]:
+    """The same by SDPA with the mask in memory: FlexAttention has no backward on a CPU."""
+    i, j = (torch.arange(length, device=device).view(shape) for shape in ((-1, 1), (1, -1)))
+    mask = (j <= i) & ((j < sink) | (i - j < local))
+    attention = functional.scaled_dot_product_attention
+    return functools.partial(attention, attn_mask=mask, enable_gqa=True)
+
+
 def _causal(b, h, i, j):
     return j <= i
 

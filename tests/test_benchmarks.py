@@ -97,12 +97,12 @@ def run_kernels(tmp_path, *arguments):
 
 
 def test_kernels_script_runs_on_a_cpu(tmp_path):
-    kernels = ("dense", "triangle", "block-sparse", "xattention", "decode")
+    kernels = ("dense", "triangle", "block-sparse", "xattention", "decode", "backward")
     record = run_kernels(tmp_path, "--kernels", *kernels)
     assert record["failures"] == []
     assert {row["batch"] for row in record["rows"]} == {1, 2}
     names = {row["kernel"].split(",")[0] for row in record["rows"]}
-    assert {"dense rows", "triangle", "block-sparse", "XAttention choice", "decode"} <= names
+    assert {"dense rows", "block-sparse", "XAttention choice", "streaming backward"} <= names
     for row in record["rows"]:
         assert row["seconds"] > 0
         assert row["floor"] > 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxcompile.kernels.block import pack
 from fluxcompile.kernels.blockwise import QUERIES, ranked_blocks
+from fluxcompile.kernels.masks.flags import CONTIGUOUS
 from fluxcompile.kernels.streaming.cpu import Row, batch_rows, key_blocks, take
 from fluxcompile.kernels.validation import check_readable
 
@@ -52,7 +53,7 @@ def find_blocks(
     """
     if not check_readable(flags, dense_mask):
         used, blocks = dense_mask.any(dim=2)[:, 0], _masked_blocks(dense_mask)
-    elif flags is not None and not flags[1]:
+    elif flags is not None and not flags[CONTIGUOUS]:
         ranked = ranked_blocks(
             key_valid, q.shape[2], q_start, route, sink=sink, local=local, window=window
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fluxcompile.errors import KernelError
 from fluxcompile.kernels.dispatch import triton_module
+from fluxcompile.kernels.masks.flags import ALL_VALID
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.streaming.backward import blocks
 from fluxcompile.kernels.validation import check_at_least, check_routed, check_tensor
@@ -125,7 +126,7 @@ def _differentiate_fake(grad_out, out, lse, q, k, v, *operands):
 
 def _ranges(bounds: Tensor | None, flags: Tensor | None) -> Tensor | None:
     """None where every key is valid: the kernels then need no bounds."""
-    return None if flags is None or flags[2] else bounds
+    return None if flags is None or flags[ALL_VALID] else bounds
 
 
 _OPERANDS = f"Tensor q, Tensor k, Tensor v, {KEY_MASK}, Tensor? route"
