@@ -53,20 +53,22 @@ class MaskOperandCache:
     def decode(
         self, site: AttentionSite, sink: int, local: int, sparse: bool
     ) -> tuple[fx.Node, fx.Node | None]:
-        """``bounds4`` and ``key_valid`` of ``flux::decode_attention`` for one query token."""
+        """``query_bounds`` and ``key_valid`` of ``flux::decode_attention``."""
         valid = self._key_valid(site)
         # A given mask row says by itself which keys its one query sees.
         q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
         window = site.window
-        sizes = as_expr(site.q_shape[0]), as_expr(site.k_shape[2])
+        queries = as_expr(site.q_shape[2])
+        sizes = as_expr(site.q_shape[0]), queries, as_expr(site.k_shape[2])
         key = (valid, q_start, sink, local, window, sparse, *sizes)
         if key not in self._decode:
             dropped = self._dropped(site) if sparse and window else None
+            pattern = {"sink": sink, "local": local, "window": window, "sparse": sparse}
             with self._emitter.graph.inserting_before(site.output):
                 self._decode[key] = self._emitter.call(
                     decode_bounds,
                     (site.k, valid, q_start, dropped),
-                    {"sink": sink, "local": local, "window": window, "sparse": sparse},
+                    {"queries": self._emitter.size(queries), **pattern},
                 )
         return self._decode[key], valid
 
