@@ -62,7 +62,9 @@ class MaskOperandCache:
         sizes = as_expr(site.q_shape[0]), queries, as_expr(site.k_shape[2])
         key = (valid, q_start, sink, local, window, sparse, *sizes)
         if key not in self._decode:
-            dropped = self._dropped(site) if sparse and window else None
+            # With fixed lengths one query's window may hold every key there is, and is then no
+            # part of the mask; what came before those keys is gone all the same.
+            dropped = self._dropped(site) if sparse else None
             pattern = {"sink": sink, "local": local, "window": window, "sparse": sparse}
             with self._emitter.graph.inserting_before(site.output):
                 self._decode[key] = self._emitter.call(
@@ -170,12 +172,13 @@ class MaskOperandCache:
 
     def _dropped(self, site: AttentionSite) -> fx.Node | None:
         """int64 [B]: valid tokens that a sliding cache no longer holds."""
-        if site.mask.valid is None or site.mask.valid_offset == 0:
+        mask = site.mask
+        if isinstance(mask, GivenMask) or mask.valid is None or mask.valid_offset == 0:
             return None
         emitter = self._emitter
         with emitter.graph.inserting_before(site.output):
-            stop = emitter.size(site.mask.valid_offset)
-            gone = emitter.item(site.mask.valid, (slice(None), slice(0, stop)))
+            stop = emitter.size(mask.valid_offset)
+            gone = emitter.item(mask.valid, (slice(None), slice(0, stop)))
             return emitter.method("sum", gone, -1)
 
     def _batched(self, mask: fx.Node, site: AttentionSite) -> fx.Node:
