@@ -146,26 +146,27 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds4: Tensor,
+    query_bounds: Tensor,
     key_valid: Tensor | None = None,
     route: Tensor | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """One query a row over ranges that each row reads on the device (never a sync on CUDA).
+    """1 to 8 queries a row, each over ranges read on the device (never a sync on CUDA).
 
     Args:
-        bounds4: int32 ``[B, 4]``: ``lo, sink_end, local_start, end``, key indices. A dense row
-            attends ``lo <= j < end``; a sparse row ``lo <= j < sink_end`` and
-            ``max(lo, local_start) <= j < end``.
-        key_valid: keys outside it are never attended, whatever ``bounds4`` says.
+        query_bounds: int32 ``[B, Sq, 4]``: ``lo, sink_end, local_start, end``, key indices. A
+            dense row's query attends ``lo <= j < end``; a sparse row's ``lo <= j < sink_end`` and
+            ``max(lo, local_start) <= j < end``. Nothing else is causal: a query's ``end`` keeps
+            it from the tokens of the same step that come after it.
+        key_valid: keys outside it are never attended, whatever ``query_bounds`` says.
         route: without it every row is sparse.
 
     Returns:
-        ``[B, 1, H, D]``.
+        ``[B, Sq, H, D]``.
     """
-    return torch.ops.flux.decode_attention(q, k, v, bounds4, key_valid, route, scale, softcap)
+    return torch.ops.flux.decode_attention(q, k, v, query_bounds, key_valid, route, scale, softcap)
 
 
 def _decode_attention_cuda(*operands):
@@ -219,7 +220,7 @@ register(
 )
 register(
     "decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor bounds4, Tensor? key_valid, "
+    "(Tensor q, Tensor k, Tensor v, Tensor query_bounds, Tensor? key_valid, "
     "Tensor? route, float scale, float softcap) -> Tensor",
     check=validation.check_decode,
     cpu=decode_cpu.decode_attention,

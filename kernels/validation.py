@@ -14,6 +14,7 @@ from fluxcompile.kernels.masks.flags import COUNT, READABLE
 
 _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+MAX_DECODE_QUERIES = 8  # queries a row of one decode step: a token and seven drafts
 BLOCKS = (16, 32, 64, 128)  # tokens a block of a block-sparse pattern may have
 
 
@@ -118,7 +119,7 @@ def check_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds4: Tensor,
+    query_bounds: Tensor,
     key_valid: Tensor | None,
     route: Tensor | None,
     scale: float,
@@ -127,10 +128,10 @@ def check_decode(
     """Check the operands of ``decode_attention``."""
     _check_qkv(q, k, v)
     _check_score(scale, softcap)
-    batch = q.shape[0]
-    if not _same(q.shape[2], 1):
-        raise KernelError.mismatch("queries a row at decode", "1", q.shape[2])
-    check_tensor("bounds4", bounds4, torch.int32, (batch, 4), device=q.device)
+    batch, _, queries, _ = q.shape
+    if isinstance(queries, int) and not 1 <= queries <= MAX_DECODE_QUERIES:
+        raise KernelError.mismatch("queries a row at decode", f"1 to {MAX_DECODE_QUERIES}", queries)
+    check_tensor("query_bounds", query_bounds, torch.int32, (batch, queries, 4), device=q.device)
     if key_valid is not None:
         check_tensor("key_valid", key_valid, torch.bool, (batch, k.shape[2]), device=q.device)
     if route is not None:

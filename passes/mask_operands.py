@@ -53,20 +53,22 @@ class MaskOperandCache:
     def decode(
         self, site: AttentionSite, sink: int, local: int, sparse: bool
     ) -> tuple[fx.Node, fx.Node | None]:
-        """``bounds4`` and ``key_valid`` of ``flux::decode_attention`` for one query token."""
+        """``query_bounds`` and ``key_valid`` of ``flux::decode_attention``."""
         valid = self._key_valid(site)
         # A given mask row says by itself which keys its one query sees.
         q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
         window = site.window
-        sizes = as_expr(site.q_shape[0]), as_expr(site.k_shape[2])
+        queries = as_expr(site.q_shape[2])
+        sizes = as_expr(site.q_shape[0]), queries, as_expr(site.k_shape[2])
         key = (valid, q_start, sink, local, window, sparse, site.forgets, *sizes)
         if key not in self._decode:
             dropped = self._dropped(site) if sparse and site.forgets else None
+            pattern = {"sink": sink, "local": local, "window": window, "sparse": sparse}
             with self._emitter.graph.inserting_before(site.output):
                 self._decode[key] = self._emitter.call(
                     decode_bounds,
                     (site.k, valid, q_start, dropped),
-                    {"sink": sink, "local": local, "window": window, "sparse": sparse},
+                    {"queries": self._emitter.size(queries), **pattern},
                 )
         return self._decode[key], valid
 
@@ -168,19 +170,20 @@ class MaskOperandCache:
 
     def _dropped(self, site: AttentionSite) -> fx.Node | None:
         """int64 [B] or [1]: valid tokens that a sliding cache no longer holds."""
+        mask = site.mask
         emitter = self._emitter
-        if site.mask.valid is None:
+        if mask.valid is None:
             if site.past_length is None:
                 return None
             seen = as_expr(site.past_length) + as_expr(site.q_shape[2])
             with emitter.graph.inserting_before(site.output):
                 gone = emitter.size(sympy.expand(seen - as_expr(site.k_shape[2])))
                 return self._filled(gone, site)
-        if site.mask.valid_offset == 0:
+        if mask.valid_offset == 0:
             return None
         with emitter.graph.inserting_before(site.output):
-            stop = emitter.size(site.mask.valid_offset)
-            gone = emitter.item(site.mask.valid, (slice(None), slice(0, stop)))
+            stop = emitter.size(mask.valid_offset)
+            gone = emitter.item(mask.valid, (slice(None), slice(0, stop)))
             return emitter.method("sum", gone, -1)
 
     def _batched(self, mask: fx.Node, site: AttentionSite) -> fx.Node:

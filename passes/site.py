@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
+from fluxcompile.kernels.validation import MAX_DECODE_QUERIES
+from fluxcompile.passes.graph_util import as_expr
+
 
 class SkipReason(enum.Enum):
     """Why an attention (or a part of its rewrite) was left alone. The value is what users read."""
@@ -157,5 +160,12 @@ class AttentionSite:
 
     @property
     def is_decode(self) -> bool:
-        """One query token on top of a cache: no host decision, device-side routes."""
-        return self.has_past and self.q_shape[2] == 1
+        """A few query tokens on top of a cache: no host decision, device-side routes.
+
+        Several tokens on a static cache may be a prompt's first, and what a given mask lets them
+        see of each other is known only at run time: both are prefills.
+        """
+        alone = self.cache is CacheKind.STATIC or isinstance(self.mask, GivenMask)
+        queries = as_expr(self.q_shape[2])
+        most = 1 if alone else MAX_DECODE_QUERIES
+        return self.has_past and queries.is_Integer and bool(queries <= most)

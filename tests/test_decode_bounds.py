@@ -34,8 +34,8 @@ def attended(bounds, valid, dense):
     ]
 
 
-def check(rows, query, *, dropped=None, given_valid=True, **pattern):
-    """Compare every row, read densely and sparsely."""
+def check(rows, query, *, queries=1, dropped=None, given_valid=True, **pattern):
+    """Compare all queries of all rows, read densely and sparsely; ``query`` is the first's slot."""
     valid = torch.tensor(rows)
     key = torch.empty(len(rows), 1, len(rows[0]), 4)
     bounds = decode_bounds(
@@ -43,18 +43,21 @@ def check(rows, query, *, dropped=None, given_valid=True, **pattern):
         valid if given_valid else None,
         None if query is None else torch.tensor([query], dtype=torch.int32),
         None if dropped is None else torch.tensor(dropped),
+        queries=queries,
         **pattern,
     )
     assert bounds.dtype == torch.int32
-    assert bounds.shape == (len(rows), 4)
+    assert bounds.shape == (len(rows), queries, 4)
     assert bounds.is_contiguous()
-    at = len(rows[0]) - 1 if query is None else query
+    first = len(rows[0]) - queries if query is None else query
     gone = dropped or [0] * len(rows)
-    for row, limits, missing in zip(rows, bounds.tolist(), gone, strict=True):
-        sparse = oracle(row, at, missing, **pattern)
-        dense = oracle(row, at, missing, **pattern | {"sparse": False})
-        assert attended(limits, row, dense=False) == sparse
-        assert attended(limits, row, dense=True) == dense
+    for row, of_queries, missing in zip(rows, bounds.tolist(), gone, strict=True):
+        for at, limits in enumerate(of_queries, start=first):
+            valid = row if given_valid else [slot <= at for slot in range(len(row))]
+            sparse = oracle(valid, at, missing, **pattern)
+            dense = oracle(valid, at, missing, **pattern | {"sparse": False})
+            assert attended(limits, valid, dense=False) == sparse
+            assert attended(limits, valid, dense=True) == dense
 
 
 @st.composite
@@ -66,9 +69,11 @@ def steps(draw):
     dropped = None
     if window and draw(st.booleans()):
         dropped = draw(st.lists(st.integers(0, 12), min_size=len(rows), max_size=len(rows)))
+    queries = draw(st.integers(1, min(capacity, 8)))
     return {
         "rows": rows,
-        "query": draw(st.one_of(st.none(), st.integers(0, capacity - 1))),
+        "queries": queries,
+        "query": draw(st.one_of(st.none(), st.integers(0, capacity - queries))),
         "dropped": dropped,
         "sink": draw(st.integers(1, 8)),
         "local": draw(st.integers(1, 10)),
@@ -82,6 +87,7 @@ def steps(draw):
 @example(
     {  # a mask that is true beyond the query, with fewer valid keys than sinks
         "rows": [[True] * 8],
+        "queries": 1,
         "query": 2,
         "dropped": None,
         "sink": 5,
@@ -97,10 +103,8 @@ def test_random_validity(case):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(steps())
 def test_every_key_valid(case):
-    """Without validity every key up to the query counts."""
-    query = len(case["rows"][0]) - 1 if case["query"] is None else case["query"]
-    rows = [[slot <= query for slot in range(len(row))] for row in case["rows"]]
-    check(**case | {"rows": rows, "given_valid": False, "dropped": None})
+    """Without validity every key up to a query counts."""
+    check(**case | {"given_valid": False, "dropped": None})
 
 
 @pytest.mark.parametrize("query", [None, 9])
@@ -125,11 +129,17 @@ def test_a_row_without_a_key():
 @pytest.mark.parametrize("dropped", [0, 1, 2, 5])
 def test_dropped_tokens_use_up_sinks(dropped):
     rows, pattern = [[True] * 6], {"sink": 2, "local": 3, "window": 6, "sparse": True}
-    check(rows, None, dropped=[dropped], **pattern)
-    bounds = decode_bounds(
-        torch.empty(1, 1, 6, 4), torch.tensor(rows), None, torch.tensor([dropped]), **pattern
-    )
-    assert bounds[0, 1] == max(2 - dropped, 0)
+    for queries in (1, 3):
+        check(rows, None, queries=queries, dropped=[dropped], **pattern)
+        bounds = decode_bounds(
+            torch.empty(1, 1, 6, 4),
+            torch.tensor(rows),
+            None,
+            torch.tensor([dropped]),
+            queries=queries,
+            **pattern,
+        )
+        assert (bounds[0, :, 1] == max(2 - dropped, 0)).all()
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -143,6 +153,6 @@ def test_the_kernel_reads_just_these(sparse):
     for row in range(3):
         for slot in oracle(valid[row].tolist(), 11, 0, **pattern):
             k[row, :, slot], v[row, :, slot] = 0.1, 1.0
-    bounds = decode_bounds(k, valid, torch.tensor([11], dtype=torch.int32), **pattern)
+    bounds = decode_bounds(k, valid, torch.tensor([11], dtype=torch.int32), queries=1, **pattern)
     out = ops.decode_attention(torch.ones(3, 4, 1, 8), k, v, bounds, valid, scale=1.0)
     torch.testing.assert_close(out, torch.ones(3, 1, 4, 8))

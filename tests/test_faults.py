@@ -442,7 +442,7 @@ class TestCudaWithoutTriton:
     def test_the_cuda_kernel_says_how(self, op):
         """The very functions that CUDA dispatches to, called without a GPU."""
         q, k, v = (torch.randn(1, 2, 1, 64) for _ in range(3))
-        bounds = torch.tensor([[0, 1, 0, 1]], dtype=torch.int32)
+        bounds = torch.tensor([[[0, 1, 0, 1]]], dtype=torch.int32)
         operands = {
             "full_attention": (q, k, v, *[None] * 5, 1, 0.1, 0.0),
             "streaming_attention": (q, k, v, *[None] * 6, 2, 4, 0, 0.1, 0.0),

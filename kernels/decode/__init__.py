@@ -1,1 +1,1 @@
-"""Decode: one query a row, over a dense range or over sink and local ranges."""
+"""Decode: a few queries a row, each over a dense range or over sink and local ranges."""

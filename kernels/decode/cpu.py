@@ -1,4 +1,4 @@
-"""Decode attention on a CPU: each row attends to a slice, or to sink and local slices joined."""
+"""Decode attention on a CPU: each query attends to a slice, or to sink and local slices joined."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,32 @@ from torch import Tensor
 from fluxcompile.kernels.block import attend
 
 
-def decode_attention(q, k, v, bounds4, key_valid, route, scale, softcap):
+def decode_attention(q, k, v, query_bounds, key_valid, route, scale, softcap):
     """See :func:`fluxcompile.kernels.ops.decode_attention`."""
+    queries = q.shape[2]
+    one_by_one = [
+        _attend_query(
+            q[:, :, i : i + 1], k, v, query_bounds[:, i], key_valid, route, scale, softcap
+        )
+        for i in range(queries)
+    ]
+    return one_by_one[0] if queries == 1 else torch.cat(one_by_one, dim=1)
+
+
+def _attend_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    key_valid: Tensor | None,
+    route: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """One query a row: ``q`` ``[B, H, 1, D]`` and ``bounds`` ``[B, 4]`` give ``[B, 1, H, D]``."""
     batch, heads, _, head_dim = q.shape
     dense = [False] * batch if route is None else route.tolist()
-    rows = [_ranges(*b, full) for b, full in zip(bounds4.tolist(), dense, strict=True)]
+    rows = [_ranges(*b, full) for b, full in zip(bounds.tolist(), dense, strict=True)]
     if key_valid is None and all(ranges == rows[0] for ranges in rows):
         return _attend_row(q, k, v, rows[0], None, scale, softcap)
     out = q.new_empty(batch, 1, heads, head_dim)

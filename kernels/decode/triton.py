@@ -1,12 +1,13 @@
 """Decode attention in Triton: split over keys, then combined.
 
-The query heads that share a KV head are the rows of one tile, so KV is read once. Each row's key
-ranges and route are read on the device; the blocks of its ranges, laid end to end, are dealt out
-evenly to a number of splits fixed by the host from shapes alone. A sparse row therefore costs its
-own few blocks, and a captured CUDA graph serves whatever routes and lengths the tensors hold later.
+The query heads that share a KV head, times the step's few queries, are the rows of one tile, so KV
+is read once. Each batch row's key ranges and route are read on the device; the blocks of its ranges
+(of what any of its queries sees), laid end to end, are dealt out evenly to a number of splits fixed
+by the host from shapes alone. A sparse row therefore costs its own few blocks, and a captured CUDA
+graph serves whatever routes and lengths the tensors hold later.
 
 Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, ``n_`` count;
-``G`` query heads of one KV head, ``N`` keys, ``D`` head dim, ``S`` splits.
+``M`` tile rows (query head and query), ``N`` keys, ``D`` head dim, ``S`` splits.
 """
 
 import functools
@@ -24,6 +25,7 @@ _FLOOR = tl.constexpr(-1.0e30)
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2
 _MIN_BLOCKS = 2  # blocks a split should have before another split pays
+_MAX_ROWS = 64  # of a tile, where several queries would make it larger
 _INTERPRETER_SMS = 4
 
 
@@ -54,54 +56,81 @@ CONFIGS = {
 @triton.jit(do_not_specialize=["n_keys", "n_splits"])
 def split_kernel(
     p_q, p_k, p_v, p_part, p_max, p_sum, p_bounds, p_valid, p_route,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs,
     n_keys, n_splits, score_scale, cap_scale, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_ROUTE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend from the query heads of one KV head to one split's share of the row's blocks."""
+    """Attend from a tile's heads and queries to one split's share of the batch row's blocks."""
     i_split = tl.program_id(0)
     i_row = tl.program_id(1)  # batch and KV head
     i_batch = (i_row // KV_HEADS).to(tl.int64)
     i_kv_head = i_row % KV_HEADS
 
-    # Two ranges that never overlap: sink keys [low, sink_end), then keys [begin, end).
-    low = tl.maximum(tl.load(p_bounds + i_batch * 4), 0)
-    sink_end = tl.minimum(tl.load(p_bounds + i_batch * 4 + 1), n_keys)
-    local_start = tl.load(p_bounds + i_batch * 4 + 2)
-    end = tl.minimum(tl.load(p_bounds + i_batch * 4 + 3), n_keys)
+    o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < GROUP * QUERIES
+    m_d = o_d < HEAD_DIM
+    o_head = i_kv_head * GROUP + o_m // QUERIES
+    o_query = o_m % QUERIES  # of rows beyond the last too: they repeat ranges, and widen none
+
+    # One query: its ranges are the program's, and scalars. Several: [M], one a tile row.
+    if QUERIES == 1:
+        p_bounds += i_batch * 4
+    else:
+        p_bounds += (i_batch * QUERIES + o_query) * 4
+    low = tl.maximum(tl.load(p_bounds), 0)
+    sink_end = tl.minimum(tl.load(p_bounds + 1), n_keys)
+    local_start = tl.load(p_bounds + 2)
+    end = tl.minimum(tl.load(p_bounds + 3), n_keys)
     if HAS_ROUTE:
         dense = tl.load(p_route + i_batch) != 0
         sink_end = tl.where(dense, low, sink_end)
         local_start = tl.where(dense, low, local_start)
     sink_end = tl.maximum(sink_end, low)
     begin = tl.maximum(sink_end, local_start)
-    n_sink = tl.cdiv(sink_end - low, BLOCK_N)
-    n_blocks = n_sink + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+
+    # Two ranges that never overlap, [sink_low, sink_high) and [local_low, local_high): what the
+    # queries see. An empty range has no place in either; ranges that meet become one.
+    if QUERIES == 1:
+        sink_low, sink_high, local_low, local_high = low, sink_end, begin, end
+    else:
+        sink_low = tl.min(tl.where(low < sink_end, low, n_keys), 0)
+        sink_high = tl.max(tl.where(low < sink_end, sink_end, 0), 0)
+        local_low = tl.min(tl.where(begin < end, begin, n_keys), 0)
+        local_high = tl.max(tl.where(begin < end, end, 0), 0)
+        if local_low <= sink_high:
+            local_low = tl.minimum(local_low, sink_low)
+            local_high = tl.maximum(local_high, sink_high)
+            sink_low, sink_high = local_low, local_low
+    n_sink = tl.cdiv(tl.maximum(sink_high - sink_low, 0), BLOCK_N)
+    n_blocks = n_sink + tl.cdiv(tl.maximum(local_high - local_low, 0), BLOCK_N)
     i_first = (i_split * n_blocks) // n_splits
     i_last = ((i_split + 1) * n_blocks) // n_splits
 
-    o_g = tl.arange(0, BLOCK_G)
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    m_g = o_g < GROUP
-    m_d = o_d < HEAD_DIM
-    o_head = i_kv_head * GROUP + o_g
     p_q += i_batch * stride_qb
     p_k += i_batch * stride_kb + i_kv_head.to(tl.int64) * stride_kh
     p_v += i_batch * stride_vb + i_kv_head.to(tl.int64) * stride_vh
-    m_q = m_g[:, None] & m_d[None, :]
-    b_q = tl.load(p_q + o_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0.0)  # [G, D]
+    m_q = m_m[:, None] & m_d[None, :]
+    o_q = o_head * stride_qh + o_query * stride_qs
+    b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [M, D]
 
-    b_out = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
-    b_max = tl.full([BLOCK_G], _FLOOR, dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_G], dtype=tl.float32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], _FLOOR, dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for i in range(i_first, i_last):
         in_sink = i < n_sink
-        i_key = tl.where(in_sink, low + i * BLOCK_N, begin + (i - n_sink) * BLOCK_N)
+        i_key = tl.where(in_sink, sink_low + i * BLOCK_N, local_low + (i - n_sink) * BLOCK_N)
         o_key = i_key + o_n
-        m_key = o_key < tl.where(in_sink, sink_end, end)
+        m_key = o_key < tl.where(in_sink, sink_high, local_high)
+        if QUERIES > 1:
+            # Each query by its own ranges, [M, N]; a key between the ranges of all is not read.
+            m_seen = (o_key[None, :] >= low[:, None]) & (o_key[None, :] < sink_end[:, None])
+            m_seen |= (o_key[None, :] >= begin[:, None]) & (o_key[None, :] < end[:, None])
+            m_key &= tl.max(m_seen.to(tl.int32), 0) != 0
         if HAS_VALID:
             m_key &= tl.load(p_valid + i_batch * n_keys + o_key, mask=m_key, other=0) != 0
         m_kv = m_key[:, None] & m_d[None, :]
@@ -109,11 +138,14 @@ def split_kernel(
         o_v = i_key.to(tl.int64) * stride_vs + o_n[:, None] * stride_vs + o_d[None, :]
         b_k = tl.load(p_k + o_k, mask=m_kv, other=0.0)  # [N, D]
         b_v = tl.load(p_v + o_v, mask=m_kv, other=0.0)  # [N, D]
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [G, N]
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, N]
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (1 + exp(2x)), right at both infinities
             b_scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(b_scores * cap_scale))
-        b_scores = tl.where(m_key[None, :], b_scores * score_scale, float("-inf"))
+        m_scores = m_key[None, :]
+        if QUERIES > 1:
+            m_scores = m_seen & m_scores
+        b_scores = tl.where(m_scores, b_scores * score_scale, float("-inf"))
         b_max_new = tl.maximum(b_max, tl.max(b_scores, 1))
         b_weights = tl.exp2(b_scores - b_max_new[:, None])
         b_decay = tl.exp2(b_max - b_max_new)
@@ -122,9 +154,10 @@ def split_kernel(
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision="ieee")
         b_max = b_max_new
 
-    o_part = (i_batch * KV_HEADS * GROUP + o_head) * n_splits + i_split  # of [B, H, S]
-    tl.store(p_max + o_part, b_max, mask=m_g)
-    tl.store(p_sum + o_part, b_sum, mask=m_g)
+    o_out = (i_batch * QUERIES + o_query) * (KV_HEADS * GROUP) + o_head  # of [B, Sq, H]
+    o_part = o_out * n_splits + i_split
+    tl.store(p_max + o_part, b_max, mask=m_m)
+    tl.store(p_sum + o_part, b_sum, mask=m_m)
     if i_first < i_last:
         tl.store(p_part + o_part[:, None] * HEAD_DIM + o_d[None, :], b_out, mask=m_q)
 
@@ -134,8 +167,8 @@ def combine_kernel(
     p_part, p_max, p_sum, p_out, n_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of one query head against each other."""
-    i_head = tl.program_id(0).to(tl.int64)  # batch and head
+    """Weigh the splits of one query head against each other, for one query."""
+    i_head = tl.program_id(0).to(tl.int64)  # batch, query and head
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
     m_s = o_s < n_splits
@@ -156,7 +189,7 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds4: Tensor,
+    query_bounds: Tensor,
     key_valid: Tensor | None,
     route: Tensor | None,
     scale: float,
@@ -167,40 +200,42 @@ def decode_attention(
     """Launch both kernels; nothing here depends on device data.
 
     Args:
-        q: ``[B, H, 1, D]``; for the operands see :func:`fluxcompile.kernels.ops.decode_attention`.
+        q: ``[B, H, Sq, D]``; for the operands see :func:`fluxcompile.kernels.ops.decode_attention`.
         config: keys a block and launch; None: the ones of :data:`CONFIGS`.
         splits: shares that each row's keys are dealt into; None: chosen for the device.
 
     Returns:
-        ``[B, 1, H, D]``.
+        ``[B, Sq, H, D]``.
     """
     q, k, v = map(unit_stride, (q, k, v))
-    batch, heads, _, head_dim = q.shape
+    batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    block_d = tile(head_dim)
+    group, block_d = heads // kv_heads, tile(head_dim)
     config = config or CONFIGS[block_d, q.element_size()]
-    splits = splits or choose_splits(batch * kv_heads, keys, config.block_n, _sm_count(q.device))
-    out = q.new_empty(batch, 1, heads, head_dim)
+    block_m = tile_rows(group, queries)
+    tiles = triton.cdiv(group * queries, block_m)
+    programs = batch * kv_heads * tiles
+    splits = splits or choose_splits(programs, keys, config.block_n, _sm_count(q.device))
+    out = q.new_empty(batch, queries, heads, head_dim)
     if not out.numel():
         return out
-    part = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
-    maxima = q.new_empty(batch, heads, splits, dtype=torch.float32)
+    part = q.new_empty(batch, queries, heads, splits, head_dim, dtype=torch.float32)
+    maxima = q.new_empty(batch, queries, heads, splits, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     with torch.cuda.device_of(q):
-        split_kernel[(splits, batch * kv_heads)](
-            q, k, v, part, maxima, sums, bounds4.contiguous(),
+        split_kernel[(splits, batch * kv_heads, tiles)](
+            q, k, v, part, maxima, sums, query_bounds.contiguous(),
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
             q if route is None else route.contiguous().view(torch.uint8),
-            *row_strides(q)[:2], *row_strides(k), *row_strides(v),
+            *row_strides(q), *row_strides(k), *row_strides(v),
             keys, splits, *score_scales(scale, softcap), float(softcap),
-            KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim,
-            BLOCK_G=tile(heads // kv_heads), BLOCK_D=block_d,
-            BLOCK_N=config.block_n,
+            KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, HEAD_DIM=head_dim,
+            BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=config.block_n,
             HAS_VALID=key_valid is not None, HAS_ROUTE=route is not None,
             HAS_SOFTCAP=softcap > 0,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        combine_kernel[(batch * heads,)](
+        combine_kernel[(batch * queries * heads,)](
             part, maxima, sums, out, splits,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits),
             num_warps=4,
@@ -208,11 +243,19 @@ def decode_attention(
     return out
 
 
+def tile_rows(group: int, queries: int) -> int:
+    """Rows of a tile: all ``group * queries``, or as many as a program can hold.
+
+    One query's heads always share a tile, as they did before there were several queries.
+    """
+    return min(tile(group * queries), max(tile(group), _MAX_ROWS))
+
+
 def choose_splits(rows: int, keys: int, block_n: int, sms: int) -> int:
     """Splits that fill the device once, each with a few blocks if the row were dense.
 
     Args:
-        rows: batch rows times KV heads.
+        rows: batch rows times KV heads times tiles of query rows.
         keys: the longest a row can be, in tokens.
         block_n: keys a block, in tokens.
         sms: multiprocessors of the device.

@@ -160,10 +160,10 @@ def poison(x: Tensor, valid: Tensor) -> None:
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """A decode step: ``bounds4`` per row; ``valid`` is the share of valid keys, None: all."""
+    """A decode step: ``query_bounds`` by row and query; ``valid``: share of valid keys or None."""
 
     name: str
-    bounds4: tuple[tuple[int, int, int, int], ...]
+    query_bounds: tuple[tuple[tuple[int, int, int, int], ...], ...]
     keys: int = 300
     heads: int = 4
     kv_heads: int = 2
@@ -173,22 +173,57 @@ class DecodeCase:
     softcap: float = 0.0
 
 
-_TWO_ROWS = ((0, 8, 260, 300), (30, 38, 200, 280))
+def step(queries: int, *rows: tuple[int, int, int, int]) -> tuple:
+    """``query_bounds`` of rows whose last query has these; each before it ends a key earlier."""
+    return tuple(
+        tuple(
+            (low, min(sink_end, end - back), max(local_start - back, 0), end - back)
+            for back in reversed(range(queries))
+        )
+        for low, sink_end, local_start, end in rows
+    )
+
+
+_TWO = ((0, 8, 260, 300), (30, 38, 200, 280))
+_TWO_ROWS = step(1, *_TWO)
+_DENSE_AND_SPARSE = (True, False)
 
 DECODE = (
     DecodeCase("sparse", _TWO_ROWS),
     DecodeCase("dense", _TWO_ROWS, route=(True, True)),
-    DecodeCase("mixed", _TWO_ROWS, route=(True, False)),
-    DecodeCase("mixed-holes-decode", _TWO_ROWS, route=(True, False), valid=0.5),
-    DecodeCase("mixed-none-valid", _TWO_ROWS, route=(True, False), valid=0.0),
-    DecodeCase("softcap", _TWO_ROWS, route=(True, False), softcap=5.0),
+    DecodeCase("mixed", _TWO_ROWS, route=_DENSE_AND_SPARSE),
+    DecodeCase("mixed-holes-decode", _TWO_ROWS, route=_DENSE_AND_SPARSE, valid=0.5),
+    DecodeCase("mixed-none-valid", _TWO_ROWS, route=_DENSE_AND_SPARSE, valid=0.0),
+    DecodeCase("softcap", _TWO_ROWS, route=_DENSE_AND_SPARSE, softcap=5.0),
     *(DecodeCase(f"decode-groups-{g}", _TWO_ROWS, heads=2 * g) for g in (1, 3, 4, 8)),
-    *(DecodeCase(f"length-{n}", ((0, 8, 0, n), (0, 0, 0, n)), keys=n) for n in (1, 2, 63, 1000)),
-    DecodeCase("empty-row", ((0, 8, 260, 300), (5, 5, 5, 5)), route=(False, True)),
-    DecodeCase("no-sink", ((0, 0, 260, 300), (0, 0, 0, 300))),
-    DecodeCase("sink-only", ((0, 70, 300, 300), (10, 80, 280, 280))),
-    DecodeCase("ranges-touch", ((0, 64, 64, 300), (0, 100, 50, 300))),
-    DecodeCase("local-before-low", ((40, 48, 10, 300), (40, 40, 10, 200))),
+    *(
+        DecodeCase(f"length-{n}", step(1, (0, 8, 0, n), (0, 0, 0, n)), keys=n)
+        for n in (1, 2, 63, 1000)
+    ),
+    DecodeCase("empty-row", step(1, (0, 8, 260, 300), (5, 5, 5, 5)), route=(False, True)),
+    DecodeCase("no-sink", step(1, (0, 0, 260, 300), (0, 0, 0, 300))),
+    DecodeCase("sink-only", step(1, (0, 70, 300, 300), (10, 80, 280, 280))),
+    DecodeCase("ranges-touch", step(1, (0, 64, 64, 300), (0, 100, 50, 300))),
+    DecodeCase("local-before-low", step(1, (40, 48, 10, 300), (40, 40, 10, 200))),
+    *(DecodeCase(f"step-{n}", step(n, *_TWO), route=_DENSE_AND_SPARSE) for n in (2, 3, 8)),
+    DecodeCase("step-sparse", step(3, *_TWO)),
+    DecodeCase("step-holes", step(3, *_TWO), route=_DENSE_AND_SPARSE, valid=0.5),
+    DecodeCase("step-none-valid", step(2, *_TWO), route=_DENSE_AND_SPARSE, valid=0.0),
+    DecodeCase("step-softcap", step(3, *_TWO), route=_DENSE_AND_SPARSE, softcap=5.0),
+    DecodeCase("step-local-one", step(8, (0, 3, 99, 100), (0, 0, 99, 100)), keys=100),
+    DecodeCase("step-touch", step(8, (0, 64, 66, 300), (0, 64, 72, 300))),
+    DecodeCase("step-first-tokens", step(8, (0, 8, 0, 8), (3, 8, 0, 8)), keys=8),
+    DecodeCase("step-full-tile", step(8, (0, 8, 60, 100)), keys=100, heads=8, kv_heads=1),
+    DecodeCase("step-two-tiles", step(8, (0, 8, 60, 100)), keys=100, heads=12, kv_heads=1),
+    # A query without keys beside one with: its range is empty somewhere else.
+    DecodeCase("step-empty", (((9, 0, 0, 0), (200, 208, 260, 300)), ((5, 5, 5, 5),) * 2)),
+    # No step has such ranges, the operator does: apart, nested, and meeting another's sinks.
+    DecodeCase(
+        "step-apart", (((0, 8, 40, 60), (100, 108, 250, 260)), ((50, 60, 90, 99), (0, 9, 9, 9)))
+    ),
+    DecodeCase(
+        "step-meet", (((90, 98, 120, 130), (10, 10, 20, 110)), ((0, 80, 90, 95), (7, 9, 50, 300)))
+    ),
 )
 
 
@@ -200,13 +235,13 @@ class Decode:
     q: Tensor
     k: Tensor
     v: Tensor
-    bounds4: Tensor
+    query_bounds: Tensor
     key_valid: Tensor | None
     route: Tensor | None
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.bounds4, self.key_valid, self.route
+        return self.q, self.k, self.v, self.query_bounds, self.key_valid, self.route
 
     @property
     def options(self) -> dict[str, float]:
@@ -224,24 +259,20 @@ class Decode:
 def decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu") -> Decode:
     """Random operands for ``case``; keys no row may read hold NaN and huge values."""
     generator = torch.Generator().manual_seed(0)
-    batch = len(case.bounds4)
-    q = torch.randn(batch, 1, case.heads, case.head_dim, generator=generator).transpose(1, 2)
+    query_bounds = torch.tensor(case.query_bounds, dtype=torch.int32)
+    batch, queries, _ = query_bounds.shape
+    q = torch.randn(batch, queries, case.heads, case.head_dim, generator=generator).transpose(1, 2)
     kv = torch.randn(2, batch, case.kv_heads, case.keys, case.head_dim, generator=generator)
-    index = torch.arange(case.keys)
-    readable = torch.stack(
-        [(index >= low) & (index < max(end, sink_end)) for low, sink_end, _, end in case.bounds4]
-    )
     valid = None
     if case.valid is not None:
         valid = torch.rand(batch, case.keys, generator=generator) < case.valid
-        readable &= valid
-        valid = valid.to(device)
-    poison(kv[0], readable)
-    poison(kv[1], readable)
-    bounds4 = torch.tensor(case.bounds4, dtype=torch.int32, device=device)
-    route = None if case.route is None else torch.tensor(case.route, device=device)
+    route = None if case.route is None else torch.tensor(case.route)
+    seen = decode_reference.visible_keys(query_bounds, case.keys, valid, route).any(1)
+    poison(kv[0], seen)
+    poison(kv[1], seen)
     k, v = kv.to(dtype).to(device)
-    return Decode(case, q.to(dtype).to(device), k, v, bounds4, valid, route)
+    rest = (None if x is None else x.to(device) for x in (query_bounds, valid, route))
+    return Decode(case, q.to(dtype).to(device), k, v, *rest)
 
 
 def assert_within_bound(operands: Prefill | Decode, out: Tensor) -> None:

@@ -78,8 +78,9 @@ def test_decode(case):
 
 
 @pytest.mark.parametrize("splits", [1, 40])
-def test_decode_half(splits):
-    case = cases.named("mixed-holes-decode")
+@pytest.mark.parametrize("name", ["mixed-holes-decode", "step-holes"])
+def test_decode_half(name, splits):
+    case = cases.named(name)
     triton_checks.check_decode(case, torch.float16, "cpu", DecodeConfig(32, 4, 1), splits)
 
 

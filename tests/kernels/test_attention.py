@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from fluxcompile.kernels import ops
+from fluxcompile.kernels.decode import reference as decode_reference
+from fluxcompile.kernels.decode.bounds import decode_bounds
 
 from . import cases
 
 LOW = (torch.bfloat16, torch.float16)
+STEPS = (
+    *(f"mixed-{padding}" for padding in ("none", "left", "right", "both", "empty", "holes")),
+    *("full-300", "full-left", "full-window", "full-window-left"),
+    *("mixed-window-both", "mixed-window-softcap-holes", "mixed-softcap-left"),
+    *("static-cache-mixed", "static-cache-start", "static-cache-holes", "local-one", "no-sink"),
+)
+NO_PATTERN = {"sink": 0, "local": 1}
 SELECTED = [cases.named(n) for n in ("full-300", "mixed-both", "mixed-holes")]
 
 
@@ -38,9 +47,36 @@ def test_decode_equals_definition(case):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=cases.name)
-def test_decode_low_precision(dtype):
-    operands = cases.decode(cases.named("mixed"), dtype)
+@pytest.mark.parametrize("name", ["mixed", "step-3"])
+def test_decode_low_precision(name, dtype):
+    operands = cases.decode(cases.named(name), dtype)
     cases.assert_within_bound(operands, operands.run())
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_decode_step_is_the_end_of_a_prefill(name, queries):
+    """The prefill's definition knows masks, not ranges: both sides of a decode step against it."""
+    case = cases.at(cases.named(name), queries=queries)
+    x = cases.prefill(case, torch.float32)
+    pattern = {"window": case.window, "sparse": case.sink is not None}
+    pattern |= {"sink": case.sink, "local": case.local} if case.sink is not None else NO_PATTERN
+    bounds = decode_bounds(x.k, x.key_valid, x.q_start, queries=queries, **pattern)
+    operands = x.q, x.k, x.v, bounds, x.key_valid, x.route
+    options = {"scale": x.scale, "softcap": case.softcap}
+    cases.assert_within_bound(x, ops.decode_attention(*operands, **options))
+    by_ranges = decode_reference.attention(*operands, **options)
+    torch.testing.assert_close(by_ranges, x.reference(torch.float32))
+
+
+def test_decode_of_one_query_at_a_time_is_the_same():
+    x = cases.decode(cases.named("step-holes"), torch.float32)
+    q, k, v, bounds, *rest = x.operands
+    alone = [
+        ops.decode_attention(q[:, :, i : i + 1], k, v, bounds[:, i : i + 1], *rest, **x.options)
+        for i in range(3)
+    ]
+    torch.testing.assert_close(x.run(), torch.cat(alone, dim=1), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("head_dim", [32, 96, 128, 256])

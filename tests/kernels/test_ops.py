@@ -27,6 +27,7 @@ def calls():
     bare = cases.prefill(cases.named("full-63"), torch.float32)
     bare = bare.q, bare.k, bare.v
     step = cases.decode(cases.named("mixed-holes-decode"), torch.float32)
+    drafts = cases.decode(cases.named("step-holes"), torch.float32)
     bare_step = cases.decode(cases.named("sparse"), torch.float32)
     explicit = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     flux = torch.ops.flux
@@ -47,6 +48,7 @@ def calls():
             (out.sin(), out, lse, *routed, 2, 4, 0, 0.1, 0.0),
         ),
         "decode": (flux.decode_attention.default, (*step.operands, 0.1, 0.0)),
+        "decode-step": (flux.decode_attention.default, (*drafts.operands, 0.1, 0.0)),
         "decode-bare": (
             flux.decode_attention.default,
             (*bare_step.operands[:4], None, None, 0.1, 0.0),
@@ -131,13 +133,16 @@ def _bad_calls():
 
     def decode(**changes):
         x = cases.decode(cases.named("sparse"), torch.float32)
-        operands = {"q": x.q, "k": x.k, "v": x.v, "bounds4": x.bounds4, "scale": 1.0}
+        operands = {"q": x.q, "k": x.k, "v": x.v, "query_bounds": x.query_bounds, "scale": 1.0}
         return lambda: ops.decode_attention(**operands | changes)
 
     def sparse(mode, **changes):
         op, args = sparse_call(mode)
         named = {a.name: x for a, x in zip(op._schema.arguments, args, strict=True)}
         return lambda: op(**named | changes)
+
+    def four(*shape):
+        return torch.zeros(*shape, 4, dtype=torch.int32)
 
     x = torch.randn
     return {
@@ -182,8 +187,11 @@ def _bad_calls():
         "threshold": (sparse("xattention", threshold=1.5), "threshold"),
         "power local": (sparse("power", local=0), "local"),
         "last": (sparse("triangle", last=-1), "last"),
-        "decode queries": (decode(q=x(2, 4, 2, 64)), "queries a row"),
-        "decode bounds": (decode(bounds4=torch.zeros(2, 2, dtype=torch.int32)), "bounds4"),
+        "decode queries": (decode(q=x(2, 4, 9, 64)), "queries a row"),
+        "decode no query": (decode(q=x(2, 4, 0, 64)), "queries a row"),
+        "decode bounds rank": (decode(query_bounds=four(2)), "query_bounds"),
+        "decode bounds of fewer queries": (decode(q=x(2, 4, 2, 64)), "query_bounds"),
+        "decode bounds dtype": (decode(query_bounds=four(2, 1).long()), "query_bounds"),
         "decode route": (decode(route=torch.zeros(2)), "route"),
         "mask dtype": (lambda: ops.mask_bounds(x(2, 3)), "key_valid"),
         "mask without queries": (
@@ -218,8 +226,8 @@ import torch
 from fluxcompile.kernels import ops
 x = torch.randn(1, 2, 20, 16)
 ops.streaming_attention(x, x, x, sink=2, local=4, scale=1.0)
-bounds4 = torch.tensor([[0, 2, 16, 20]], dtype=torch.int32)
-ops.decode_attention(x[:, :, :1], x, x, bounds4, scale=1.0)
+query_bounds = torch.tensor([[[0, 2, 16, 20]]], dtype=torch.int32)
+ops.decode_attention(x[:, :, :1], x, x, query_bounds, scale=1.0)
 assert not [m for m in sys.modules if m.startswith("fluxcompile.kernels") and "triton" in m]
 """
     run = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)

@@ -109,14 +109,26 @@ def test_gradients_compile(head_dim, element, kernel, flags):
     assert ("wgmma" in binary.asm["ptx"]) == (element != "fp32")
 
 
+# (query heads of one KV head, queries) -> tile rows
+TILES = {(4, 1): 16, (4, 3): 16, (8, 8): 64, (12, 8): 64}
+
+
+@pytest.mark.parametrize(("group", "queries"), TILES)
 @pytest.mark.parametrize(("head_dim", "element", "config"), configurations(decode_triton.CONFIGS))
-def test_decode_compiles(head_dim, element, config):
+def test_decode_compiles(head_dim, element, config, group, queries):
+    rows = decode_triton.tile_rows(group, queries)
+    assert rows == TILES[group, queries]
     constants = {
-        "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_G": 16, "BLOCK_D": head_dim,
-        "BLOCK_N": config.block_n, "HAS_VALID": True, "HAS_ROUTE": True, "HAS_SOFTCAP": False,
+        "KV_HEADS": 8, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim,
+        "BLOCK_M": rows, "BLOCK_D": head_dim, "BLOCK_N": config.block_n,
+        "HAS_VALID": True, "HAS_ROUTE": True, "HAS_SOFTCAP": False,
     }  # fmt: skip
     binary = compiled(decode_triton.split_kernel, config, element, constants)
     assert binary.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(("head_dim", "element", "config"), configurations(decode_triton.CONFIGS))
+def test_decode_combine_compiles(head_dim, element, config):
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 64}
     combine = compiled(decode_triton.combine_kernel, config, element, constants)
     assert combine.metadata.shared <= SHARED_MEMORY

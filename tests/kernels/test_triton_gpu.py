@@ -63,7 +63,8 @@ def test_decode_kernel(case, dtype):
 def test_head_dims(dtype, head_dim):
     case = cases.at(MIXED, head_dim=head_dim, queries=1000, keys=1000)
     triton_checks.check_prefill(case, dtype, "cuda")
-    triton_checks.check_decode(cases.at(cases.named("mixed"), head_dim=head_dim), dtype, "cuda")
+    for name in ("mixed", "step-3", "step-full-tile", "step-two-tiles"):
+        triton_checks.check_decode(cases.at(cases.named(name), head_dim=head_dim), dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
@@ -100,23 +101,24 @@ def test_unreadable_mask():
 def test_attention_never_synchronises(padding):
     """Only reading a mask may: kernels take bounds, position and route on the device."""
     x = cases.prefill(cases.at(MIXED, padding=padding), torch.bfloat16, "cuda")
-    step = cases.decode(cases.named("mixed-holes-decode"), torch.bfloat16, "cuda")
-    x.run()
-    step.run()
+    names = "mixed-holes-decode", "step-holes"
+    steps = [cases.decode(cases.named(name), torch.bfloat16, "cuda") for name in names]
+    for operands in (x, *steps):
+        operands.run()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        x.run()
-        step.run()
+        for operands in (x, *steps):
+            operands.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["mixed", "mixed-holes-decode"])
+@pytest.mark.parametrize("name", ["mixed", "mixed-holes-decode", "step-3", "step-holes"])
 def test_captured_decode_follows_routes_and_bounds(name):
     """One CUDA graph serves any route and length that its input tensors hold at replay."""
     x = cases.decode(cases.named(name), torch.bfloat16, "cuda")
-    torch.nan_to_num_(x.k)
-    torch.nan_to_num_(x.v)
+    x.k.normal_()  # what no row reads now, some row reads later
+    x.v.normal_()
     x.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -125,16 +127,20 @@ def test_captured_decode_follows_routes_and_bounds(name):
     for route in ((True, True), (False, False), (False, True)):
         for end in (280, 150):
             x.route.copy_(torch.tensor(route))
-            x.bounds4[:, 3] = end
-            x.bounds4[:, 2] = end - 40
+            queries = x.q.shape[2]
+            ends = end + torch.arange(queries, device="cuda", dtype=torch.int32)
+            x.query_bounds[..., 3] = ends
+            x.query_bounds[..., 2] = ends - 40
             graph.replay()
             cases.assert_within_bound(x, out)
 
 
 def test_decode_splits_do_not_change_the_result():
     case = cases.at(cases.named("mixed"), keys=300, head_dim=128)
+    steps = cases.at(cases.named("step-8"), heads=16, head_dim=128)
     for splits in (1, 2, 7, 64):
         triton_checks.check_decode(case, torch.bfloat16, "cuda", splits=splits)
+        triton_checks.check_decode(steps, torch.bfloat16, "cuda", splits=splits)
 
 
 def test_new_lengths_do_not_recompile():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import fluxcompile
 from tests.parity.decide import decide, margins
@@ -41,12 +42,12 @@ READABLE = [
 MIXED_SEED = {"llama": 3, "llama-eager": 3, "qwen3": 0, "mistral": 3}
 
 
-def routed(kind, router_of, **fields):
+def routed(kind, router_of, dynamic=None, lowering="eager", **fields):
     """A model with a router attached and compiled, its twin in eager mode, and the router."""
     model, twin = tiny_model(kind), tiny_model(kind)
     router = router_of(model, flux_config(**fields))
     fluxcompile.attach(model, router)
-    return compiled(model, strict=True), twin, router
+    return compiled(model, dynamic, lowering, strict=True), twin, router
 
 
 def reading(kind):
@@ -99,6 +100,56 @@ def test_mixed_rows(kind, cache, padding):
     assert mixed > 0, "another seed: no layer has rows of both kinds"
 
 
+@torch.no_grad()
+def logits_in_steps(model, tokens, steps):
+    """Logits of ``tokens`` (ids, validity and positions ``[B, S]``), fed in calls of ``steps``."""
+    ids, valid, positions = tokens
+    cache, logits, start = DynamicCache(config=model.config), [], 0
+    for length in steps:
+        now = slice(start, start + length)
+        out = model(
+            input_ids=ids[:, now],
+            attention_mask=valid[:, : now.stop],
+            position_ids=positions[:, now],
+            past_key_values=cache,
+        )
+        logits.append(out.logits)
+        start = now.stop
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "padding", "lowering"),
+    [
+        ("llama", "left", "eager"),
+        ("mistral", "left", "eager"),
+        ("llama", "left", "aot_eager"),
+        pytest.param("llama", "right", "eager", marks=pytest.mark.slow),
+        pytest.param("qwen3", "ones", "eager", marks=pytest.mark.slow),
+        pytest.param("llama", "left", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_several_tokens(kind, padding, lowering):
+    """A routed prompt and then three tokens at once, as if they had come one by one."""
+    made, twin, router = routed(kind, reading(kind), dynamic=False, lowering=lowering)
+    given = prompt(4, 90, padding)
+    full = decide(twin, router, given)
+    assert any(0 < int(column.sum()) < 4 for column in full.T), "another seed: no mixed layer"
+    tokens = given.then(prompt(4, 4, seed=9).ids)
+    together = logits_in_steps(made.model, tokens, (90, 3, 1))
+    steps = made.reports[1:]
+    assert {row.became for report in steps for row in report.rows} == {
+        "decode by device-side route"
+    }
+    assert fluxcompile.routes(made.model).fa.tolist() == full.tolist()
+    alone = logits_in_steps(made.model, tokens, (90, 1, 1, 1, 1))
+    assert_logits(together, alone, tokens[1])
+    ids, valid, positions = tokens
+    inputs = {"attention_mask": valid, "position_ids": positions, "use_cache": False}
+    expected = routed_logits(twin, definition_of(full, router.config), ids, **inputs)
+    assert_logits(together, expected, valid)
+
+
 def test_dense_decode():
     made, twin, router = routed("llama", reading("llama"), decode="dense")
     given = prompt(4, 63, "left")
@@ -111,7 +162,7 @@ def test_dense_decode():
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padded_rows_decide_as_alone(padding):
     made, twin, router = routed("qwen3", reading("qwen3"))
-    given = prompt(4, 61, padding)
+    given = prompt(4, 90, padding)
     with torch.no_grad():
         made.model(input_ids=given.ids, attention_mask=given.mask, position_ids=given.positions)
     together = fluxcompile.routes(made.model).fa.clone()

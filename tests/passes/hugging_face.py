@@ -63,7 +63,7 @@ def prefill(
     dynamic: bool | None = None,
 ) -> Recorded:
     """The graph of a first call."""
-    return _graphs(family, attention, cache, padded, dynamic)[0]
+    return _graphs(family, attention, cache, padded, dynamic, 1)[0]
 
 
 def decode(
@@ -72,14 +72,15 @@ def decode(
     cache: str = "dynamic",
     padded: bool = False,
     dynamic: bool | None = None,
+    new: int = 1,
 ) -> Recorded:
-    """The graph of a one-token call on top of a filled cache."""
-    return _graphs(family, attention, cache, padded, dynamic)[1]
+    """The graph of a call of ``new`` tokens on top of a filled cache."""
+    return _graphs(family, attention, cache, padded, dynamic, new)[1]
 
 
 @functools.cache
 def _graphs(
-    family: str, attention: str, cache: str, padded: bool, dynamic: bool | None
+    family: str, attention: str, cache: str, padded: bool, dynamic: bool | None, new: int
 ) -> list[Recorded]:
     net, inputs = model(family, attention), prompt(padded)
     filled = None
@@ -90,12 +91,12 @@ def _graphs(
 
     def call(ids, mask):
         out = net(input_ids=ids, attention_mask=mask, past_key_values=filled,
-                  use_cache=filled is not None, logits_to_keep=1)  # fmt: skip
+                  use_cache=filled is not None, logits_to_keep=new)  # fmt: skip
         return out.logits
 
     mask = inputs.get("attention_mask")
     calls = [(inputs["input_ids"], mask)]
     if filled is not None:
-        grown = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
-        calls.append((torch.full((BATCH, 1), 7), grown))
+        grown = None if mask is None else torch.nn.functional.pad(mask, (0, new), value=1)
+        calls.append((torch.arange(7, 7 + new).repeat(BATCH, 1), grown))
     return record_all(call, calls, dynamic=dynamic)

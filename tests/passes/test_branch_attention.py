@@ -182,6 +182,32 @@ def test_routed_decode_reads_routes_on_the_device(cache):
     assert {site.became for site in result.sites} == {"decode by device-side route"}
 
 
+@pytest.mark.parametrize(
+    ("family", "padded"), [("llama", False), ("llama", True), ("mistral", True)]
+)
+def test_a_step_of_a_few_tokens_is_decode(family, padded):
+    """Without dynamic lengths: a symbolic one may be anything, and is a prefill."""
+    recorded = hf.decode(family, padded=padded, dynamic=False, new=3)
+    result = recorded.rewrite(config=LONG)
+    assert attention_ops(result.gm) == {DECODE_OP: hf.LAYERS}
+    assert not DENSE & set(op_counts(result.gm))
+    assert op_counts(result.gm)["decode_bounds"] == 1
+    same_logits(recorded, result)
+    result = recorded.rewrite(Policy.ROUTER)
+    assert op_counts(result.gm)["cond"] == op_counts(result.gm)[ROUTE_OP] == 0
+    assert result.routes.routes_input.op == "placeholder"
+    assert {site.became for site in result.sites} == {"decode by device-side route"}
+    assert not any(site.may_start_prompt for site in result.sites)
+
+
+def test_a_few_tokens_on_a_static_cache_may_start_a_prompt():
+    recorded = hf.decode(cache="static", dynamic=False, new=3)
+    result = recorded.rewrite(config=LONG)
+    assert attention_ops(result.gm) == {FULL_OP: hf.LAYERS}
+    assert all(site.may_start_prompt for site in result.sites)
+    same_logits(recorded, result)
+
+
 def test_dense_decode():
     config = FluxConfig(sink=2, local=4, pool_size=3, decode="dense")
     recorded = hf.decode()
