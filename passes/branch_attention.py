@@ -25,7 +25,7 @@ from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
-from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
+from fluxcompile.passes.site import AttentionSite, CausalMask, Skip, SkipReason
 
 
 def branch_attention(
@@ -101,8 +101,10 @@ def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:
 
 def _sink_known(site: AttentionSite) -> bool:
     """Decode can count the dropped sink tokens where the mask reads validity at an offset, or the
-    cache counts what it has seen."""
-    return site.is_decode and (site.mask.valid is not None or site.past_length is not None)
+    cache counts what it has seen and all of it was valid."""
+    if not site.is_decode or not isinstance(site.mask, CausalMask):
+        return False
+    return site.mask.valid is not None or site.past_length is not None
 
 
 def _decode(
