@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._dynamo.source import AttrSource
-from torch._guards import Source
 
 from fluxcompile.passes.graph_util import argument, is_tensor, op_name, same_size, value_of
 from fluxcompile.passes.site import AttentionSite, CacheKind
@@ -89,21 +87,20 @@ def _keeps_a_slice(key: fx.Node) -> bool:
 
 def _tokens_seen(past: fx.Node) -> fx.Node | None:
     """The count that the object which holds the keys keeps beside them, if it is an input."""
-    keys = _source(past)
+    holder, _ = _attribute(past)
     for node in past.graph.nodes:
-        if node.op != "placeholder":
+        if node.op != "placeholder" or holder is None:
             return None
-        source = _source(node)
-        if isinstance(source, AttrSource) and source.member == _SEEN:
-            is_int = isinstance(value_of(node), (int, torch.SymInt))
-            if is_int and isinstance(keys, AttrSource) and source.base == keys.base:
-                return node
+        is_int = isinstance(value_of(node), (int, torch.SymInt))
+        if is_int and _attribute(node) == (holder, _SEEN):
+            return node
     return None
 
 
-def _source(placeholder: fx.Node) -> Source | None:
-    """Where Dynamo found an input in the user's program."""
-    return getattr(placeholder, "_dynamo_source", None)
+def _attribute(placeholder: fx.Node) -> tuple[object, str | None]:
+    """The object, as Dynamo names it, and its attribute in which an input was found."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return getattr(source, "base", None), getattr(source, "member", None)
 
 
 def _reads_input_cache(site: AttentionSite) -> bool:
