@@ -85,22 +85,24 @@ def main(arguments: list[str] | None = None) -> None:
                     batch, length, heads, kv_heads, head_dim, args.sink, args.local,
                     args.device, dtype, record.matmul_ceiling_flops, record.copy_ceiling_bytes,
                 )  # fmt: skip
-                measure(args.kernels, setting, record)
-                write_json(args.json, asdict(record))
+                rows = []
+                for kernel in args.kernels:
+                    rows += measure(kernel, setting, record)
+                    write_json(args.json, asdict(record))
+                if rows:
+                    print_table(str(setting), [row.columns() for row in rows])
     if record.failures:
         raise SystemExit("\n".join(["not reported:", *record.failures]))
 
 
-def measure(kernels: list[str], setting: Setting, record: Record) -> None:
-    """Run the kernels at one setting, print their rows and add them to the record."""
+def measure(kernel: str, setting: Setting, record: Record) -> list[Measurement]:
+    """Run a kernel at one setting and add its rows to the record, or why there are none."""
     rows: list[Measurement] = []
-    for kernel in kernels:
-        try:
-            rows += MEASURED[kernel](setting)
-        except (WrongResult, torch.OutOfMemoryError) as problem:
-            record.failures.append(f"{kernel}, {setting}: {problem}")
-            print(record.failures[-1], flush=True)
-        forget_compiled(setting.device)
-    if rows:
-        print_table(str(setting), [row.columns() for row in rows])
+    try:
+        rows = MEASURED[kernel](setting)
+    except (WrongResult, torch.OutOfMemoryError) as problem:
+        record.failures.append(f"{kernel}, {setting}: {problem}")
+        print(record.failures[-1], flush=True)
+    forget_compiled(setting.device)
     record.rows += [asdict(row) | setting.shape() for row in rows]
+    return rows

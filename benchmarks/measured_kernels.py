@@ -327,7 +327,7 @@ class _DecodeStep:
 
     def __init__(self, s: Setting, caches: list[tuple[torch.Tensor, ...]]) -> None:
         self._s, self._caches = s, caches
-        pattern = {"sink": s.sink, "local": s.local, "window": 0, "sparse": True}
+        pattern = {"sink": s.sink, "local": s.local, "window": 0, "sparse": True, "queries": 1}
         self._bounds = decode_bounds(caches[0][1], None, None, **pattern)
 
     def run(self, cache: tuple[torch.Tensor, ...], route: torch.Tensor | None) -> torch.Tensor:
