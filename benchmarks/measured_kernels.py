@@ -7,6 +7,7 @@ import torch
 from peers import SDPA, flex_causal, flex_streaming, masked_sdpa, sdpa
 
 from common import replayed_seconds, synchronise, typical_seconds
+from fluxcompile import FluxConfig
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.decode.bounds import decode_bounds
 from fluxcompile.kernels.xattention.op import choose_blocks
@@ -14,10 +15,8 @@ from models import pairs_full, pairs_streaming
 
 #: ||ours - peer|| over ||peer||: rounding of a bf16 result is 2e-3, a wrong mask 1e-1
 ERROR_BOUND = 1e-2
-BLOCK = 128  # tokens a block of the block-sparse kernels
+CONFIG = FluxConfig()  # the paper's XAttention; 128 tokens a block
 DENSITIES = (0.05, 0.10, 0.25, 0.50)
-STRIDE, THRESHOLD = 8, 0.9  # XAttention's, as FluxConfig has them
-LAST = 128  # queries that the triangle pattern keeps dense
 ROTATION_BYTES = 400e6  # caches that a decode step goes round: several times the L2 cache
 
 
@@ -181,7 +180,7 @@ def triangle(s: Setting) -> list[Measurement]:
     """Streaming with dense last queries, beside streaming."""
     q, k, v = s.operands()
     common = {"sink": s.sink, "local": s.local, "scale": s.scale}
-    last = min(LAST, s.length)
+    last = min(CONFIG.last, s.length)
 
     def ours():
         return ops.triangle_attention(q, k, v, last=last, **common)
@@ -219,7 +218,7 @@ def block_sparse(s: Setting) -> list[Measurement]:
     """Random blocks of several densities, beside our dense kernel."""
     q, k, v = s.operands()
     base = typical_seconds(_ours_dense(s, q, k, v), s.device)
-    blocks = -(-s.length // BLOCK)
+    blocks = -(-s.length // CONFIG.block)
     causal = torch.ones(blocks, blocks, dtype=torch.bool, device=s.device).tril()
     rows = []
     for wanted in DENSITIES:
@@ -228,9 +227,9 @@ def block_sparse(s: Setting) -> list[Measurement]:
         density = (mask.sum() / (s.heads * causal.sum())).item()
 
         def ours(mask=mask):
-            return ops.block_sparse_attention(q, k, v, mask, block=BLOCK, scale=s.scale)
+            return ops.block_sparse_attention(q, k, v, mask, block=CONFIG.block, scale=s.scale)
 
-        error = checked("block-sparse", ours()[:, -BLOCK:], last_block(s, q, k, v, mask))
+        error = checked("block-sparse", ours()[:, -CONFIG.block :], last_block(s, q, k, v, mask))
         seconds = typical_seconds(ours, s.device)
         rows.append(
             Measurement(
@@ -243,13 +242,13 @@ def block_sparse(s: Setting) -> list[Measurement]:
 
 
 def last_block(s: Setting, q, k, v, mask: torch.Tensor) -> torch.Tensor:
-    """What the last block of queries must give, ``[B, BLOCK, H, D]``, from its row of the mask."""
-    last = min(BLOCK, s.length)
+    """What the last block of queries must give, ``[B, block, H, D]``, by its row of the mask."""
+    last = min(CONFIG.block, s.length)
     index = torch.arange(s.length, device=s.device)
     causal = index <= index[-last:, None]
     out = q.new_empty(s.batch, last, s.heads, s.head_dim)
     for head in range(s.heads):
-        rows = mask[0, head][index[-last:] // BLOCK][:, index // BLOCK] & causal
+        rows = mask[0, head][index[-last:] // CONFIG.block][:, index // CONFIG.block] & causal
         one = q[:, head : head + 1, -last:]
         keys = (x[:, head * s.kv_heads // s.heads, None] for x in (k, v))
         out[:, :, head] = torch.nn.functional.scaled_dot_product_attention(one, *keys, rows)[:, 0]
@@ -259,9 +258,10 @@ def last_block(s: Setting, q, k, v, mask: torch.Tensor) -> torch.Tensor:
 def xattention(s: Setting) -> list[Measurement]:
     """Scoring and selection alone, beside cuDNN's dense attention."""
     q, k, v = s.operands()
+    choice = {name: getattr(CONFIG, name) for name in ("stride", "threshold", "block")}
 
     def ours():
-        return choose_blocks(q, k, stride=STRIDE, threshold=THRESHOLD, block=BLOCK, scale=s.scale)
+        return choose_blocks(q, k, scale=s.scale, **choice)
 
     chosen = ours()
     blocks = chosen.shape[-1]
@@ -271,7 +271,7 @@ def xattention(s: Setting) -> list[Measurement]:
     seconds = typical_seconds(ours, s.device)
     dense_seconds = typical_seconds(lambda: sdpa("cuDNN", q, k, v), s.device)
     # Each stride x stride tile of (query, key) pairs costs the products of its antidiagonal.
-    floor = s.arithmetic_floor(pairs_full(s.length) / STRIDE, products=1)
+    floor = s.arithmetic_floor(pairs_full(s.length) / CONFIG.stride, products=1)
     return [
         Measurement(
             "XAttention choice", seconds, floor, {"cuDNN dense": dense_seconds},

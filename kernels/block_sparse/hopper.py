@@ -4,6 +4,7 @@ The lists are those of ``triton.py``; a tile is one query block, a step one KV b
 """
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,6 +14,7 @@ from fluxcompile.kernels.block_sparse.triton import block_lists
 from fluxcompile.kernels.launch import score_scales
 from fluxcompile.kernels.streaming.hopper import (
     BLOCK_M,
+    CHUNK,
     CONFIGS,
     REGISTERS,
     Config,
@@ -151,6 +153,7 @@ def attention_kernel(
     HEADS: gl.constexpr, GROUP: gl.constexpr, MASK_HEADS: gl.constexpr, BLOCK: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_WINDOW: gl.constexpr,
+    CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Attend from each query block over its list of KV blocks."""
     keys = Keys(p_bounds, p_q_start, n_queries, n_keys, HAS_BOUNDS, HAS_Q_START)
@@ -158,7 +161,7 @@ def attention_kernel(
         keys, p_list, p_count, n_batch, n_query_blocks, n_key_blocks, window, score_scale,
         HEADS, GROUP, MASK_HEADS, BLOCK, BLOCK_D, STAGES, HAS_WINDOW,
     )  # fmt: skip
-    serve(problem, d_q, d_k, d_v, d_out)
+    serve(problem, d_q, d_k, d_v, d_out, CHUNK)
 
 
 def attention(
@@ -195,7 +198,7 @@ def attention(
     )
     mask_heads, query_blocks, key_blocks = lists.shape[1:]
     with torch.cuda.device_of(q):
-        attention_kernel[(heads * batch * query_blocks,)](
+        attention_kernel[(triton.cdiv(heads * batch * query_blocks, CHUNK),)](
             *descriptors(q, k, v, out, BLOCK), lists, counts,
             q if bounds is None else bounds.contiguous(),
             q if q_start is None else q_start,
@@ -204,7 +207,7 @@ def attention(
             HEADS=heads, GROUP=heads // k.shape[1], MASK_HEADS=mask_heads, BLOCK=BLOCK,
             BLOCK_D=head_dim, STAGES=config.stages,
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
-            HAS_WINDOW=window > 0,
+            HAS_WINDOW=window > 0, CHUNK=CHUNK,
             num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda as tl_cuda
 
 from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
 
@@ -24,18 +25,18 @@ from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_str
 _FLOOR = tl.constexpr(-1.0e30)
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2
-_MIN_BLOCKS = 2  # blocks a split should have before another split pays
 _MAX_ROWS = 64  # of a tile, where several queries would make it larger
 _INTERPRETER_SMS = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """Keys a block and launch parameters."""
+    """Keys a block, launch parameters, and the blocks that a split should have to be worth it."""
 
     block_n: int
     num_warps: int
     num_stages: int
+    min_blocks: int = 2
 
 
 # (head dim rounded up, bytes an element) -> launch. For Hopper-class GPUs.
@@ -61,15 +62,19 @@ def split_kernel(
     n_keys, n_splits, score_scale, cap_scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_ROUTE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend from a tile's heads and queries to one split's share of the batch row's blocks."""
-    i_split = tl.program_id(0)
-    i_row = tl.program_id(1)  # batch and KV head
+    if OVERLAP:
+        tl_cuda.gdc_launch_dependents()  # the combining kernel may be set up meanwhile
+    i_row = tl.program_id(0)  # batch and KV head
+    i_split = tl.program_id(2)
     i_batch = (i_row // KV_HEADS).to(tl.int64)
     i_kv_head = i_row % KV_HEADS
 
-    o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < GROUP * QUERIES
@@ -108,8 +113,11 @@ def split_kernel(
             sink_low, sink_high = local_low, local_low
     n_sink = tl.cdiv(tl.maximum(sink_high - sink_low, 0), BLOCK_N)
     n_blocks = n_sink + tl.cdiv(tl.maximum(local_high - local_low, 0), BLOCK_N)
-    i_first = (i_split * n_blocks) // n_splits
-    i_last = ((i_split + 1) * n_blocks) // n_splits
+    # A short row leaves the last splits empty: each costs its program's start and a share of the
+    # combining. Rows are the grid's fastest axis, so that empty programs come last.
+    n_used = tl.maximum(tl.minimum(n_splits, n_blocks // MIN_BLOCKS), 1)
+    i_first = tl.minimum((i_split * n_blocks) // n_used, n_blocks)
+    i_last = tl.minimum(((i_split + 1) * n_blocks) // n_used, n_blocks)
 
     p_q += i_batch * stride_qb
     p_k += i_batch * stride_kb + i_kv_head.to(tl.int64) * stride_kh
@@ -166,8 +174,11 @@ def split_kernel(
 def combine_kernel(
     p_part, p_max, p_sum, p_out, n_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one query head against each other, for one query."""
+    if OVERLAP:
+        tl_cuda.gdc_wait()  # until every split has been written
     i_head = tl.program_id(0).to(tl.int64)  # batch, query and head
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
@@ -215,15 +226,16 @@ def decode_attention(
     block_m = tile_rows(group, queries)
     tiles = triton.cdiv(group * queries, block_m)
     programs = batch * kv_heads * tiles
-    splits = splits or choose_splits(programs, keys, config.block_n, _sm_count(q.device))
+    splits = splits or choose_splits(programs, keys, config, _sm_count(q.device))
     out = q.new_empty(batch, queries, heads, head_dim)
     if not out.numel():
         return out
     part = q.new_empty(batch, queries, heads, splits, head_dim, dtype=torch.float32)
     maxima = q.new_empty(batch, queries, heads, splits, dtype=torch.float32)
     sums = torch.empty_like(maxima)
+    overlap = _overlaps(q.device)
     with torch.cuda.device_of(q):
-        split_kernel[(splits, batch * kv_heads, tiles)](
+        split_kernel[(batch * kv_heads, tiles, splits)](
             q, k, v, part, maxima, sums, query_bounds.contiguous(),
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
             q if route is None else route.contiguous().view(torch.uint8),
@@ -231,14 +243,15 @@ def decode_attention(
             keys, splits, *score_scales(scale, softcap), float(softcap),
             KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, HEAD_DIM=head_dim,
             BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=config.block_n,
+            MIN_BLOCKS=config.min_blocks,
             HAS_VALID=key_valid is not None, HAS_ROUTE=route is not None,
-            HAS_SOFTCAP=softcap > 0,
+            HAS_SOFTCAP=softcap > 0, OVERLAP=overlap,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         combine_kernel[(batch * queries * heads,)](
             part, maxima, sums, out, splits,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits),
-            num_warps=4,
+            OVERLAP=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out
 
@@ -251,18 +264,25 @@ def tile_rows(group: int, queries: int) -> int:
     return min(tile(group * queries), max(tile(group), _MAX_ROWS))
 
 
-def choose_splits(rows: int, keys: int, block_n: int, sms: int) -> int:
+def choose_splits(rows: int, keys: int, config: Config, sms: int) -> int:
     """Splits that fill the device once, each with a few blocks if the row were dense.
 
     Args:
         rows: batch rows times KV heads times tiles of query rows.
         keys: the longest a row can be, in tokens.
-        block_n: keys a block, in tokens.
         sms: multiprocessors of the device.
     """
     wanted = triton.cdiv(_PROGRAMS_PER_SM * sms, max(rows, 1))
-    useful = triton.cdiv(keys, _MIN_BLOCKS * block_n)
+    useful = triton.cdiv(keys, config.min_blocks * config.block_n)
     return max(1, min(wanted, useful, _MAX_SPLITS))
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be set up while the one before it runs (Hopper and later)."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -36,6 +36,9 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
 _FLOOR = gl.constexpr(-1.0e30)
 BLOCK_M = 128  # queries a tile, half of them for each attending group of warps
+# Neighbouring tiles a program: the next is loaded while one is finished, which pays where tiles are
+# short; the more, the less evenly the multiprocessors finish, where tiles are of unequal length.
+CHUNK = 4
 REGISTERS = 168  # a thread's share when the groups start; they then trade them
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -85,12 +88,26 @@ class Channels:
 
 
 @gluon.jit
-def _load(problem, channels, d_q, d_k, d_v):
+def _turns(problem, CHUNK: gl.constexpr):
+    """First tile of this program, the end, and the step."""
+    first = gl.program_id(0)
+    end = problem.tiles()
+    step = gl.num_programs(0)
+    if CHUNK > 0:
+        first = first * CHUNK
+        end = min(first + CHUNK, end)
+        step = 1
+    return first, end, step
+
+
+@gluon.jit
+def _load(problem, channels, d_q, d_k, d_v, CHUNK: gl.constexpr):
     """Fill shared memory, always as far ahead as there is room."""
     HALF: gl.constexpr = problem.BLOCK_M // 2
     n_loaded = 0
     phase = 0
-    for i_tile in range(gl.program_id(0), problem.tiles(), gl.num_programs(0)):
+    first, end, step = _turns(problem, CHUNK)
+    for i_tile in range(first, end, step):
         tile = problem.tile(i_tile)
         i_kv_head = tile.i_head // problem.GROUP
         mbarrier.wait(channels.q_free, phase ^ 1)
@@ -166,7 +183,7 @@ def _step(
 
 
 @gluon.jit
-def _attend(half, problem, channels, d_out):
+def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
     """Attend from one half of each tile's queries."""
     HALF: gl.constexpr = problem.BLOCK_M // 2
     N: gl.constexpr = problem.BLOCK_N
@@ -182,7 +199,8 @@ def _attend(half, problem, channels, d_out):
     b_staged = channels.out.index(half)
     n_read = 0
     phase = 0
-    for i_tile in range(gl.program_id(0), problem.tiles(), gl.num_programs(0)):
+    first, end, step = _turns(problem, CHUNK)
+    for i_tile in range(first, end, step):
         tile = problem.tile(i_tile)
         o_position = tile.low + half * HALF + gl.arange(0, HALF, rows)
         b_max = gl.full([HALF], _FLOOR, gl.float32, rows)
@@ -228,8 +246,11 @@ def _attend(half, problem, channels, d_out):
 
 
 @gluon.jit
-def serve(problem, d_q, d_k, d_v, d_out):
-    """Hand the tiles that fall to this program to its three groups of warps."""
+def serve(problem, d_q, d_k, d_v, d_out, CHUNK: gl.constexpr):
+    """Hand the tiles that fall to this program to its three groups of warps.
+
+    ``CHUNK`` neighbouring tiles, or, where it is 0, as many as there are for each program.
+    """
     HALF: gl.constexpr = problem.BLOCK_M // 2
     N: gl.constexpr = problem.BLOCK_N
     D: gl.constexpr = problem.BLOCK_D
@@ -258,9 +279,9 @@ def serve(problem, d_q, d_k, d_v, d_out):
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (0, problem, channels, d_out)),
-            (_attend, (1, problem, channels, d_out)),
-            (_load, (problem, channels, d_q, d_k, d_v)),
+            (_attend, (0, problem, channels, d_out, CHUNK)),
+            (_attend, (1, problem, channels, d_out, CHUNK)),
+            (_load, (problem, channels, d_q, d_k, d_v, CHUNK)),
         ],
         [4, 1],
         [240, 24],
@@ -276,7 +297,7 @@ def attention_kernel(
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_ROUTE: gl.constexpr,
-    SPARSE: gl.constexpr, HAS_DENSE: gl.constexpr, HAS_WINDOW: gl.constexpr,
+    SPARSE: gl.constexpr, HAS_DENSE: gl.constexpr, HAS_WINDOW: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Full and streaming attention: the runs of keys of ``hopper_tiles.py``."""
     keys = Keys(p_bounds, p_q_start, n_queries, n_keys, HAS_BOUNDS, HAS_Q_START)
@@ -284,7 +305,7 @@ def attention_kernel(
         keys, p_route, n_batch, sink, local, n_dense, window, score_scale, HEADS, GROUP,
         BLOCK_M, BLOCK_N, BLOCK_D, STAGES, HAS_ROUTE, SPARSE, HAS_DENSE, HAS_WINDOW,
     )  # fmt: skip
-    serve(problem, d_q, d_k, d_v, d_out)
+    serve(problem, d_q, d_k, d_v, d_out, CHUNK)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> bool:
@@ -328,9 +349,12 @@ def attention(
     batch, heads, queries, head_dim = q.shape
     config = config or CONFIGS[head_dim, q.dtype]
     out = q.new_empty(batch, queries, heads, head_dim)
-    programs = tiles = heads * batch * triton.cdiv(queries, BLOCK_M)
+    tiles = heads * batch * triton.cdiv(queries, BLOCK_M)
+    chunk = CHUNK
+    programs = triton.cdiv(tiles, chunk)
     if sink is not None and route is None and bounds is None and not last:
-        # Tiles of equal length: one program a multiprocessor loads the next while it finishes one.
+        # Tiles of equal length: one program a multiprocessor, each with its even share of them.
+        chunk = 0
         programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     with torch.cuda.device_of(q):
         attention_kernel[(programs,)](
@@ -344,7 +368,7 @@ def attention(
             BLOCK_D=head_dim, STAGES=config.stages,
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
             HAS_ROUTE=route is not None, SPARSE=sink is not None, HAS_DENSE=last > 0,
-            HAS_WINDOW=window > 0,
+            HAS_WINDOW=window > 0, CHUNK=chunk,
             num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return out

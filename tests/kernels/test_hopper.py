@@ -71,15 +71,16 @@ def check_binary(binary):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("flags", ["dense", "streaming", "everything"])
 def test_compiles_for_hopper(head_dim, flags):
-    sizes = {"BLOCK_M": hopper.BLOCK_M, "BLOCK_N": 128, "SPARSE": flags != "dense"}
+    chunk = 0 if flags == "streaming" else hopper.CHUNK
+    sizes = {"BLOCK_M": hopper.BLOCK_M, "BLOCK_N": 128, "SPARSE": flags != "dense", "CHUNK": chunk}
     check_binary(compiled(hopper.attention_kernel, head_dim, flags == "everything", **sizes))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
 def test_block_sparse_compiles_for_hopper(head_dim, everything):
-    kernel, sizes = block_sparse.attention_kernel, {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32}
-    check_binary(compiled(kernel, head_dim, everything, **sizes))
+    sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32, "CHUNK": hopper.CHUNK}
+    check_binary(compiled(block_sparse.attention_kernel, head_dim, everything, **sizes))
 
 
 def check(case, dtype):
