@@ -38,7 +38,7 @@ _FLOOR = gl.constexpr(-1.0e30)
 BLOCK_M = 128  # queries a tile, half of them for each attending group of warps
 # Neighbouring tiles a program: the next is loaded while one is finished, which pays where tiles are
 # short; the more, the less evenly the multiprocessors finish, where tiles are of unequal length.
-CHUNK = 4
+CHUNK = 2
 REGISTERS = 168  # a thread's share when the groups start; they then trade them
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
