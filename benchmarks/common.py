@@ -1,8 +1,8 @@
 """What every benchmark needs: a clock, a record of where it ran, a table and a JSON file."""
 
 import gc
-import itertools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform

@@ -295,12 +295,18 @@ def decode(s: Setting) -> list[Measurement]:
     dense_seconds = step.seconds(full)
     microseconds = {1: 12.0, 8: 20.0}.get(s.batch, float("inf"))
     dense_floor, long = s.traffic_floor(s.length), (131072,)
+
+    def row(name: str, seconds: float, peer_caches: list) -> Measurement:
+        goal = asked(s, f"≤ {microseconds:.0f} µs", 1e6 * seconds, microseconds, lengths=long)
+        peer = _rotated(sdpa_step, peer_caches, s.device)
+        floor = s.traffic_floor(window)
+        return Measurement(name, seconds, floor, {"SDPA window": peer}, error, **goal)
+
+    again = [caches[0]] * len(caches)
     rows = [
-        Measurement(
-            f"decode {s.sink}+{s.local}", sparse, s.traffic_floor(window),
-            {"SDPA window": _rotated(sdpa_step, windowed, s.device)}, error,
-            **asked(s, f"≤ {microseconds:.0f} µs", 1e6 * sparse, microseconds, lengths=long),
-        ),
+        row(f"decode {s.sink}+{s.local}", sparse, windowed),
+        # As a benchmark that repeats one call would have it: what fits comes from the L2 cache.
+        row("the same cache again", step.seconds(None, again), [windowed[0]] * len(caches)),
         Measurement(
             "decode, dense", dense_seconds, dense_floor,
             {"SDPA": _rotated(sdpa_step, caches, s.device)}, dense_error,
@@ -333,8 +339,9 @@ class _DecodeStep:
     def run(self, cache: tuple[torch.Tensor, ...], route: torch.Tensor | None) -> torch.Tensor:
         return ops.decode_attention(*cache, self._bounds, None, route, scale=self._s.scale)
 
-    def seconds(self, route: torch.Tensor | None) -> float:
-        return _rotated(lambda *cache: self.run(cache, route), self._caches, self._s.device)
+    def seconds(self, route: torch.Tensor | None, caches: list | None = None) -> float:
+        caches = caches or self._caches
+        return _rotated(lambda *cache: self.run(cache, route), caches, self._s.device)
 
 
 def sdpa_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

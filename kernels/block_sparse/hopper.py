@@ -14,7 +14,6 @@ from fluxcompile.kernels.block_sparse.triton import block_lists
 from fluxcompile.kernels.launch import score_scales
 from fluxcompile.kernels.streaming.hopper import (
     BLOCK_M,
-    CHUNK,
     CONFIGS,
     REGISTERS,
     Config,
@@ -25,6 +24,7 @@ from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row
 
 #: tokens a block that the kernel serves: its tile of queries and its step of keys
 BLOCK = BLOCK_M
+CHUNK = 8  # neighbouring tiles a program: a sparse row's tiles are short
 
 
 @aggregate

@@ -25,18 +25,20 @@ from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_str
 _FLOOR = tl.constexpr(-1.0e30)
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2
+_MORE_SPLITS = 8  # that a long row may have where all rows together fill the device with fewer
+_LONG_BLOCKS = tl.constexpr(16)  # blocks a split should have before a row takes more than its share
+_MIN_BLOCKS = tl.constexpr(2)  # blocks a split should have before another split pays
 _MAX_ROWS = 64  # of a tile, where several queries would make it larger
 _INTERPRETER_SMS = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """Keys a block, launch parameters, and the blocks that a split should have to be worth it."""
+    """Keys a block and launch parameters."""
 
     block_n: int
     num_warps: int
     num_stages: int
-    min_blocks: int = 2
 
 
 # (head dim rounded up, bytes an element) -> launch. For Hopper-class GPUs.
@@ -44,7 +46,7 @@ CONFIGS = {
     (16, 2): Config(128, 4, 3),
     (32, 2): Config(128, 4, 3),
     (64, 2): Config(128, 4, 3),
-    (128, 2): Config(64, 4, 3),
+    (128, 2): Config(64, 4, 4),
     (256, 2): Config(64, 8, 2),
     (16, 4): Config(64, 4, 2),
     (32, 4): Config(64, 4, 2),
@@ -54,15 +56,14 @@ CONFIGS = {
 }
 
 
-@triton.jit(do_not_specialize=["n_keys", "n_splits"])
+@triton.jit(do_not_specialize=["n_keys", "n_even", "n_splits"])
 def split_kernel(
     p_q, p_k, p_v, p_part, p_max, p_sum, p_bounds, p_valid, p_route,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
-    n_keys, n_splits, score_scale, cap_scale, softcap,
+    n_keys, n_even, n_splits, score_scale, cap_scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_ROUTE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -113,9 +114,12 @@ def split_kernel(
             sink_low, sink_high = local_low, local_low
     n_sink = tl.cdiv(tl.maximum(sink_high - sink_low, 0), BLOCK_N)
     n_blocks = n_sink + tl.cdiv(tl.maximum(local_high - local_low, 0), BLOCK_N)
-    # A short row leaves the last splits empty: each costs its program's start and a share of the
-    # combining. Rows are the grid's fastest axis, so that empty programs come last.
-    n_used = tl.maximum(tl.minimum(n_splits, n_blocks // MIN_BLOCKS), 1)
+    # A row's even share of the device, or more where it is long: beside sparse rows it then has the
+    # device to itself. The last splits of a short row are empty; rows are the grid's fastest axis,
+    # so that empty programs come last.
+    n_used = tl.minimum(n_even, n_blocks // _MIN_BLOCKS)
+    n_used = tl.maximum(n_used, tl.minimum(n_splits, n_blocks // _LONG_BLOCKS))
+    n_used = tl.maximum(n_used, 1)
     i_first = tl.minimum((i_split * n_blocks) // n_used, n_blocks)
     i_last = tl.minimum(((i_split + 1) * n_blocks) // n_used, n_blocks)
 
@@ -213,7 +217,7 @@ def decode_attention(
     Args:
         q: ``[B, H, Sq, D]``; for the operands see :func:`fluxcompile.kernels.ops.decode_attention`.
         config: keys a block and launch; None: the ones of :data:`CONFIGS`.
-        splits: shares that each row's keys are dealt into; None: chosen for the device.
+        splits: shares that a row's keys are dealt into at most; None: chosen for the device.
 
     Returns:
         ``[B, Sq, H, D]``.
@@ -226,31 +230,32 @@ def decode_attention(
     block_m = tile_rows(group, queries)
     tiles = triton.cdiv(group * queries, block_m)
     programs = batch * kv_heads * tiles
-    splits = splits or choose_splits(programs, keys, config, _sm_count(q.device))
+    even, most = choose_splits(programs, batch, keys, config.block_n, _sm_count(q.device))
+    if splits is not None:
+        even = most = splits
     out = q.new_empty(batch, queries, heads, head_dim)
     if not out.numel():
         return out
-    part = q.new_empty(batch, queries, heads, splits, head_dim, dtype=torch.float32)
-    maxima = q.new_empty(batch, queries, heads, splits, dtype=torch.float32)
+    part = q.new_empty(batch, queries, heads, most, head_dim, dtype=torch.float32)
+    maxima = q.new_empty(batch, queries, heads, most, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     overlap = _overlaps(q.device)
     with torch.cuda.device_of(q):
-        split_kernel[(batch * kv_heads, tiles, splits)](
+        split_kernel[(batch * kv_heads, tiles, most)](
             q, k, v, part, maxima, sums, query_bounds.contiguous(),
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
             q if route is None else route.contiguous().view(torch.uint8),
             *row_strides(q), *row_strides(k), *row_strides(v),
-            keys, splits, *score_scales(scale, softcap), float(softcap),
+            keys, even, most, *score_scales(scale, softcap), float(softcap),
             KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, HEAD_DIM=head_dim,
             BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=config.block_n,
-            MIN_BLOCKS=config.min_blocks,
             HAS_VALID=key_valid is not None, HAS_ROUTE=route is not None,
             HAS_SOFTCAP=softcap > 0, OVERLAP=overlap,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         combine_kernel[(batch * queries * heads,)](
-            part, maxima, sums, out, splits,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits),
+            part, maxima, sums, out, most,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(most),
             OVERLAP=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out
@@ -264,17 +269,21 @@ def tile_rows(group: int, queries: int) -> int:
     return min(tile(group * queries), max(tile(group), _MAX_ROWS))
 
 
-def choose_splits(rows: int, keys: int, config: Config, sms: int) -> int:
-    """Splits that fill the device once, each with a few blocks if the row were dense.
+def choose_splits(rows: int, batch: int, keys: int, block_n: int, sms: int) -> tuple[int, int]:
+    """Splits that fill the device if every row has as many, and the most that a long row may have.
 
     Args:
         rows: batch rows times KV heads times tiles of query rows.
+        batch: batch rows; one dense row among sparse ones should fill the device by itself.
         keys: the longest a row can be, in tokens.
+        block_n: keys a block, in tokens.
         sms: multiprocessors of the device.
     """
-    wanted = triton.cdiv(_PROGRAMS_PER_SM * sms, max(rows, 1))
-    useful = triton.cdiv(keys, config.min_blocks * config.block_n)
-    return max(1, min(wanted, useful, _MAX_SPLITS))
+    places = _PROGRAMS_PER_SM * sms
+    useful = max(1, min(keys // (_MIN_BLOCKS.value * block_n), _MAX_SPLITS))
+    even = max(1, places // max(rows, 1))
+    alone = max(1, places * batch // max(rows, 1))
+    return min(even, useful), min(max(even, min(alone, _MORE_SPLITS)), useful)
 
 
 @functools.cache

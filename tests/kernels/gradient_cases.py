@@ -51,5 +51,7 @@ def assert_within_bound(x: cases.Prefill, found: tuple[Tensor, ...]) -> None:
     """``max |found - exact| <= 2 max |eager's - exact|`` for each gradient, plus a floor."""
     exact = gradients(x, lambda: x.reference(torch.float64))
     eager = gradients(x, lambda: x.reference(x.q.dtype))
+    # The kernels' tanh is off by as many rounding errors of the cap as eager's is of its result.
+    floor = 2 * cases.FLOOR if x.case.softcap else cases.FLOOR
     for name, a, b, c in zip("qkv", found, eager, exact, strict=True):
-        cases.assert_error_within(f"{x.case.name}: d{name}", a, b, c)
+        cases.assert_error_within(f"{x.case.name}: d{name}", a, b, c, floor)

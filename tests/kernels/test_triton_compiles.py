@@ -121,7 +121,7 @@ def test_decode_compiles(head_dim, element, config, group, queries):
     constants = {
         "KV_HEADS": 8, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim,
         "BLOCK_M": rows, "BLOCK_D": head_dim, "BLOCK_N": config.block_n,
-        "HAS_VALID": True, "HAS_ROUTE": True, "HAS_SOFTCAP": False,
+        "HAS_VALID": True, "HAS_ROUTE": True, "HAS_SOFTCAP": False, "OVERLAP": True,
     }  # fmt: skip
     binary = compiled(decode_triton.split_kernel, config, element, constants)
     assert binary.metadata.shared <= SHARED_MEMORY
@@ -129,7 +129,7 @@ def test_decode_compiles(head_dim, element, config, group, queries):
 
 @pytest.mark.parametrize(("head_dim", "element", "config"), configurations(decode_triton.CONFIGS))
 def test_decode_combine_compiles(head_dim, element, config):
-    constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 64}
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 64, "OVERLAP": True}
     combine = compiled(decode_triton.combine_kernel, config, element, constants)
     assert combine.metadata.shared <= SHARED_MEMORY
 

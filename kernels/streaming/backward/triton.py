@@ -309,7 +309,9 @@ def key_kernel(
     o_key = i_key + tl.arange(0, BLOCK_N)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for i in range(GROUP * n_full):
+    for i_step in range(GROUP * n_full):
+        # Loads run ahead of the loop: no index may leave its range even after the last step.
+        i = tl.minimum(i_step, GROUP * n_full - 1)
         i_head = (i // n_full).to(tl.int64)
         b_dk, b_dv = _add_queries(
             b_dk, b_dv, b_k, b_v, p_q + i_head * stride_qh, p_grad + i_head * stride_gh,
@@ -318,7 +320,8 @@ def key_kernel(
             o_key, first, start, end, sink, reach, window, score_scale, cap_scale, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, False, SPARSE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
-    for i in range(GROUP * n_masked):
+    for i_step in range(GROUP * n_masked):
+        i = tl.minimum(i_step, GROUP * n_masked - 1)
         i_head = (i // n_masked).to(tl.int64)
         i_run = i % n_masked
         i_query = tl.where(
