@@ -309,21 +309,22 @@ def key_kernel(
     o_key = i_key + tl.arange(0, BLOCK_N)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for i_step in range(GROUP * n_full):
-        # Loads run ahead of the loop: no index may leave its range even after the last step.
-        i = tl.minimum(i_step, GROUP * n_full - 1)
-        i_head = (i // n_full).to(tl.int64)
+    # Loads that run ahead divide even where there is no step to take, and a division by zero lets
+    # the compiler conclude that there is one.
+    n_full_turn = tl.maximum(n_full, 1)
+    n_masked_turn = tl.maximum(n_masked, 1)
+    for i in range(GROUP * n_full):
+        i_head = (i // n_full_turn).to(tl.int64)
         b_dk, b_dv = _add_queries(
             b_dk, b_dv, b_k, b_v, p_q + i_head * stride_qh, p_grad + i_head * stride_gh,
             p_lse + i_head * n_queries, p_delta + i_head * n_queries, stride_qs, stride_gs,
-            i_full + i % n_full * BLOCK_M, n_queries,
+            i_full + i % n_full_turn * BLOCK_M, n_queries,
             o_key, first, start, end, sink, reach, window, score_scale, cap_scale, softcap,
             HEAD_DIM, BLOCK_D, BLOCK_M, False, SPARSE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
-    for i_step in range(GROUP * n_masked):
-        i = tl.minimum(i_step, GROUP * n_masked - 1)
-        i_head = (i // n_masked).to(tl.int64)
-        i_run = i % n_masked
+    for i in range(GROUP * n_masked):
+        i_head = (i // n_masked_turn).to(tl.int64)
+        i_run = i % n_masked_turn
         i_query = tl.where(
             i_run < n_diagonal,
             i_begin + i_run * BLOCK_M,
