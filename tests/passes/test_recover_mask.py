@@ -1,4 +1,4 @@
-"""Masks read back from how they were made, and masks that must not be."""
+"""Masks read back from how they were made."""
 
 import itertools
 
@@ -6,95 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx
 from torch.nn import functional
 
-from fluxcompile.passes.graph_util import hint
 from fluxcompile.passes.plan import Policy
 from fluxcompile.passes.site import CausalMask, GivenMask, SkipReason
 
 from .graphs import SDPA, Layer, hidden, op_counts, qkv, record, record_all
-
-B, S = 2, 10
-LOWEST = torch.finfo(torch.float32).min
-
-
-def places(queries, keys, start=0):
-    """Query and key indices ``[Sq, 1]`` and ``[1, Skv]``; query 0 is at key ``start``."""
-    return torch.arange(queries)[:, None] + start, torch.arange(keys)[None, :]
-
-
-def causal(q, k, start=0):
-    i, j = places(q.shape[2], k.shape[2], start)
-    return (j <= i)[None, None]
-
-
-def sdpa(q, k, v, mask):
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def read(attend, *operands, dynamic=False, policy=Policy.FULL):
-    """The one site, after checking its mask against the real one, and the rewrite's numbers."""
-    recorded = record(attend, *operands, dynamic=dynamic)
-    (site,) = recorded.sites()
-    if isinstance(site.mask, CausalMask) and site.attn_mask is not None:
-        check_expression(recorded, site)
-    result = recorded.rewrite(policy)
-    if policy is Policy.FULL:
-        recorded.check(result)
-    return result.sites[0]
-
-
-class _Values(fx.Interpreter):
-    """Runs a graph and keeps what every node gave, as it was before later changes in place."""
-
-    def __init__(self, gm):
-        super().__init__(gm, garbage_collect_values=False)
-
-        self.seen = {}
-
-    def run_node(self, n):
-        value = super().run_node(n)
-        self.seen[n] = value.clone() if isinstance(value, torch.Tensor) else value
-        return value
-
-
-def check_expression(recorded, site):
-    """The recovered mask equals the real one at every position."""
-    gm = site.output.graph.owning_module
-    values = _Values(gm)
-    inputs = [x.clone() if isinstance(x, torch.Tensor) else hint(x) for x in recorded.inputs]
-    with torch.no_grad():
-        values.run(*inputs)
-    batch, _, queries, keys = (*map(hint, site.q_shape[:3]), hint(site.k_shape[2]))
-    mask, symbols = site.mask, {}
-    for node in gm.graph.nodes:
-        value = node.meta.get("example_value")
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
-            if isinstance(size, torch.SymInt):
-                symbols[size.node.expr] = hint(size)
-    symbols |= {symbol: int(values.seen[node]) for symbol, node in mask.scalars}
-    offset = keys - queries if mask.offset is None else int(mask.offset.subs(symbols))
-    i, j = places(queries, keys, offset)
-    expected = (j <= i) & ((j > i - mask.window) if mask.window else True)
-    expected = expected.expand(batch, 1, queries, keys)
-    if mask.valid is not None:
-        first = int(mask.valid_offset.subs(symbols))
-        valid = values.seen[mask.valid][:, first : first + keys]
-        expected = expected & valid[:, None, None, :]
-    actual = values.seen[site.attn_mask]
-    actual = actual if actual.dtype == torch.bool else actual == 0
-    assert torch.equal(actual.expand(batch, 1, queries, keys), expected)
-
-
-def padding(batch=B, keys=S):
-    """Left padding in row 0, right padding and a hole in row 1; every first query keeps a key."""
-    valid = torch.ones(batch, keys, dtype=torch.long)
-    valid[0, :0] = 0
-    valid[-1, keys - 3 :] = 0
-    valid[-1, 2] = 0
-    return valid
-
+from .mask_reading import (
+    LOWEST,
+    B,
+    S,
+    causal,
+    check_expression,
+    gathered,
+    padding,
+    places,
+    read,
+    sdpa,
+)
 
 CAUSAL = {
     "bool": lambda q, k, v: sdpa(q, k, v, causal(q, k)),
@@ -164,13 +93,6 @@ def test_causal_flag():
         lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv()
     )
     assert site.mask == CausalMask()
-
-
-def gathered(q, k, valid, shift=0):
-    """Hugging Face's form: ``valid[batch, key]`` read by index tensors."""
-    batch = torch.arange(q.shape[0])[:, None, None, None]
-    key = (torch.arange(k.shape[2]) + shift)[None, None, None, :]
-    return valid[batch, key]
 
 
 VALID = {
@@ -336,212 +258,6 @@ class TestOffset:
         site = read(attend, *self.operands(1), padding())
         assert isinstance(site.mask, CausalMask)
         assert site.mask.valid is not None
-
-
-def in_place(change):
-    def attend(q, k, v):
-        mask = causal(q, k).expand(q.shape[0], 1, -1, -1).clone()
-        mask = change(mask)
-        return sdpa(q, k, v, mask)
-
-    return attend
-
-
-def assign(mask):
-    mask[..., 1] = False
-    return mask
-
-
-def assign_through_view(mask):
-    mask[:, 0].view(-1, S)[:, 1:3] = False
-    return mask
-
-
-def and_in_place(mask):
-    mask.logical_and_(torch.arange(S) != 1)
-    return mask
-
-
-def and_operator(mask):
-    mask &= torch.arange(S) != 1
-    return mask
-
-
-def fill_diagonal(mask):
-    mask[0, 0].fill_diagonal_(False)
-    mask[..., 0] = True
-    return mask
-
-
-def additive_assigned(q, k, v):
-    mask = torch.where(causal(q, k), 0.0, LOWEST).expand(q.shape[0], 1, -1, -1).clone()
-    mask[:, :, :, 2:4] = mask[:, :, :, 2:4].masked_fill(causal(q, k)[..., 2:4], LOWEST)
-    return sdpa(q, k, v, mask)
-
-
-@pytest.mark.parametrize(
-    "attend",
-    [
-        *map(in_place, (assign, assign_through_view, and_in_place, and_operator, fill_diagonal)),
-        additive_assigned,
-    ],
-    ids=["assign", "through-view", "logical_and_", "iand", "fill_diagonal_", "additive"],
-)
-def test_masks_changed_in_place(attend):
-    assert read(attend, *qkv()).skip.reason is SkipReason.MASK_UNREADABLE
-
-
-def test_a_mask_changed_between_two_layers():
-    def attend(q, k, v):
-        mask = causal(q, k).expand(q.shape[0], 1, -1, -1).clone()
-        first = sdpa(q, k, v, mask)
-        mask[..., 1] = False
-        return sdpa(first, k, v, mask)
-
-    recorded = record(attend, *qkv())
-    recorded.check(recorded.rewrite())
-
-
-documents = torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [1] * 3])
-UNREADABLE = {
-    "packed": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k) & (documents[:, None, :, None] == documents[:, None, None, :])
-    ),
-    "block-diagonal": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k) & (places(S, S)[0] // 4 == places(S, S)[1] // 4)
-    ),
-    "chunked": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k) & (places(S, S)[1] >= places(S, S)[0] // 4 * 4)
-    ),
-    "bidirectional-prefix": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k) | (torch.arange(S) < 3)[None, None, None]
-    ),
-    "diagonal-only": lambda q, k, v: sdpa(
-        q, k, v, (places(S, S)[0] == places(S, S)[1])[None, None]
-    ),
-    "all-but-diagonal": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k) & ((places(S, S)[0] != places(S, S)[1]) | (places(S, S)[1] == 0))
-    ),
-    "dilated": lambda q, k, v: sdpa(
-        q, k, v, (2 * places(S, S)[1] <= 2 * places(S, S)[0] - places(S, S)[1])[None, None]
-    ),
-    "anti-causal": lambda q, k, v: sdpa(q, k, v, (places(S, S)[1] >= places(S, S)[0])[None, None]),
-    "tril": lambda q, k, v: sdpa(q, k, v, torch.ones(S, S, dtype=torch.bool).tril()[None, None]),
-    "triu-additive": lambda q, k, v: sdpa(
-        q, k, v, torch.full((S, S), float("-inf")).triu(1)[None, None]
-    ),
-    "two-axes": lambda q, k, v: sdpa(q, k, v, causal(q, k)[0, 0]),
-    "alibi": lambda q, k, v: sdpa(
-        q,
-        k,
-        v,
-        torch.where(causal(q, k), -0.1 * (places(S, S)[0] - places(S, S)[1])[None, None], LOWEST),
-    ),
-    "alibi-per-head": lambda q, k, v: sdpa(
-        q,
-        k,
-        v,
-        torch.where(causal(q, k), 0.0, LOWEST)
-        - torch.arange(4.0)[None, :, None, None] * torch.arange(S),
-    ),
-    "small-bias": lambda q, k, v: sdpa(q, k, v, torch.where(causal(q, k), 0.0, -5.0)),
-    "bias-inside": lambda q, k, v: sdpa(q, k, v, torch.where(causal(q, k), 1.0, LOWEST)),
-    "inverted": lambda q, k, v: sdpa(q, k, v, (1.0 - causal(q, k).float()) * LOWEST),
-    "sum-of-two": lambda q, k, v: sdpa(
-        q, k, v, torch.where(causal(q, k), 0.0, LOWEST) + torch.zeros(S)
-    ),
-    "eight-bit-positions": lambda q, k, v: sdpa(
-        q, k, v, (places(S, S)[1].to(torch.int8) <= places(S, S)[0].to(torch.int8))[None, None]
-    ),
-    "permuted-keys": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k)[:, :, :, [1, 0, *range(2, S)]]
-    ),
-    "flipped": lambda q, k, v: sdpa(q, k, v, causal(q, k).flip(3).flip(3)),
-    "window-the-wrong-way": lambda q, k, v: sdpa(
-        q, k, v, causal(q, k) & (places(S, S)[1] > places(S, S)[0] + 4) | (places(S, S)[1] == 0)
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", UNREADABLE)
-def test_unreadable(form):
-    site = read(UNREADABLE[form], *qkv())
-    assert site.skip is not None, site.mask
-    assert site.skip.reason is SkipReason.MASK_UNREADABLE
-    assert site.skip.detail
-    assert site.became == "left alone"
-
-
-def transposed(q, k, v, m):
-    return sdpa(q, k, v, causal(q, k) & m.bool().t()[None, None])
-
-
-def reversed_batch(q, k, v, m):
-    key = torch.arange(S)[None, None, None, :]
-    batch = (1 - torch.arange(B))[:, None, None, None]
-    return sdpa(q, k, v, causal(q, k) & m.bool()[batch, key])
-
-
-def first_row_for_all(q, k, v, m):
-    return sdpa(q, k, v, causal(q, k) & m.bool()[0][None, None, None, :])
-
-
-def second_row_for_all(q, k, v, m):
-    return sdpa(q, k, v, (causal(q, k) & m.bool()[1:][:, None, None, :]).expand(B, 1, S, S))
-
-
-def both_rows(q, k, v, m):
-    valid = m.bool()
-    return sdpa(q, k, v, causal(q, k) & valid[:, None, None, :] & valid.flip(0)[:, None, None, :])
-
-
-def either_row(q, k, v, m):
-    return sdpa(q, k, v, causal(q, k) & (m.bool() | (m > 5)).flip(0)[:, None, None, :])
-
-
-def of_queries(q, k, v, m):
-    return sdpa(q, k, v, causal(q, k) & m.bool()[:, None, :, None])
-
-
-def along_diagonals(q, k, v, m):
-    i, j = places(S, S)
-    wide = torch.cat((m, m), 1).bool()
-    return sdpa(q, k, v, causal(q, k) & wide[:, None][:, :, (i + j)])
-
-
-def shifted_back(q, k, v, m):
-    return sdpa(q, k, v, causal(q, k) & gathered(q, k, m.bool(), -2))
-
-
-def validity_changed(q, k, v, m):
-    valid = m.bool()
-    valid[:, 4] = False
-    return sdpa(q, k, v, causal(q, k) & valid[:, None, None, :])
-
-
-def padding_only(q, k, v, m):
-    return sdpa(q, k, v, m.bool()[:, None, None, :])
-
-
-@pytest.mark.parametrize(
-    "attend",
-    [reversed_batch, first_row_for_all, second_row_for_all, both_rows, of_queries,
-     along_diagonals, shifted_back, validity_changed, padding_only],
-    ids=lambda f: f.__name__,
-)  # fmt: skip
-def test_validity_that_is_not_a_row_s_own(attend):
-    valid = torch.ones(B, S, dtype=torch.long)
-    valid[1, 5] = 0
-    site = read(attend, *qkv(), valid)
-    assert site.skip is not None, site.mask
-    assert site.skip.reason is SkipReason.MASK_UNREADABLE
-
-
-def test_a_computed_validity_is_a_validity():
-    valid = torch.ones(B, S, dtype=torch.long)
-    valid[1, 5] = 0
-    site = read(either_row, *qkv(), valid)
-    assert site.mask.valid is not None
 
 
 class TestGiven:
