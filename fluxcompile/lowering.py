@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from fluxcompile import kernels
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.insert_router import ROUTES_INPUT
-
-#: A guarded branch is cacheable: its branches are submodules of the graph that makes the key.
-_CACHEABLE = {"torch.ops.higher_order.cond": "fluxcompile"}
 
 
 def lower(
@@ -39,9 +39,23 @@ def _patches(options: CompileOptions) -> dict[str, Any]:
     patches[name] = KeepBranchOperandOrder(patches.get(name, getattr(config, name)))
     patches["unsafe_marked_cacheable_functions"] = {
         **config.unsafe_marked_cacheable_functions,
-        **_CACHEABLE,
+        # A guarded branch is cacheable: its branches are submodules of the graph in the key.
+        "torch.ops.higher_order.cond": kernels_version(),
     }
     return patches
+
+
+@functools.cache
+def kernels_version() -> str:
+    """Hash of our operators' sources, for the compile caches' keys.
+
+    A graph names its operators only, yet what Inductor makes of it holds their shapes and strides:
+    without this, graphs on disk would outlive the operators that they were compiled for.
+    """
+    from torch._inductor.custom_graph_pass import get_hash_for_files
+
+    folder = Path(kernels.__file__).parent
+    return get_hash_for_files(tuple(map(str, sorted(folder.rglob("*.py"))))).hex()
 
 
 def routes_example(batch: int | torch.SymInt, columns: int, device: torch.device) -> torch.Tensor:
