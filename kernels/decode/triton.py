@@ -256,7 +256,7 @@ def decode_attention(
         combine_kernel[(batch * queries * heads,)](
             part, maxima, sums, out, most,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(most),
-            OVERLAP=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
+            OVERLAP=overlap, num_warps=2, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out
 
