@@ -108,8 +108,8 @@ class Problem:
         n_queries = self.keys.n_queries
         i_head = i_tile % self.HEADS
         i_rest = i_tile // self.HEADS
-        i_batch = i_rest % self.n_batch
-        i_block = self.n_query_blocks - 1 - i_rest // self.n_batch
+        i_batch = i_rest // self.n_query_blocks
+        i_block = self.n_query_blocks - 1 - i_rest % self.n_query_blocks
         row = self.keys.row(i_batch)
         i_query = max(row.start - row.first, 0) + i_block * self.BLOCK_M
         key_end = min(row.end, row.first + min(i_query + self.BLOCK_M, n_queries))

@@ -156,14 +156,12 @@ def _attend_keys(
     return b_out, b_max_new, b_sum
 
 
-@triton.jit(
-    do_not_specialize=["n_batch", "n_query_blocks", "n_key_blocks", "n_queries", "n_keys", "window"]
-)
+@triton.jit(do_not_specialize=["n_query_blocks", "n_key_blocks", "n_queries", "n_keys", "window"])
 def attention_kernel(
     p_q, p_k, p_v, p_out, p_list, p_count, p_bounds, p_q_start,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
-    n_batch, n_query_blocks, n_key_blocks, n_queries, n_keys, window,
+    n_query_blocks, n_key_blocks, n_queries, n_keys, window,
     score_scale, cap_scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -172,12 +170,14 @@ def attention_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Attend from M queries of one query block of one head over the block's list."""
-    # Heads first, so that those that share KV run together; late blocks, the longest, before early.
+    # Heads first and rows last, so that those run together that read the same keys; of a row late
+    # blocks, the longest, before early.
     i_program = tl.program_id(0)
     i_head = i_program % HEADS
     i_rest = i_program // HEADS
-    i_batch = (i_rest % n_batch).to(tl.int64)
-    i_part = n_query_blocks * (BLOCK // BLOCK_M) - 1 - i_rest // n_batch
+    n_parts = n_query_blocks * (BLOCK // BLOCK_M)
+    i_batch = (i_rest // n_parts).to(tl.int64)
+    i_part = n_parts - 1 - i_rest % n_parts
     i_block = i_part // (BLOCK // BLOCK_M)
     i_kv_head = i_head // GROUP
 
@@ -316,7 +316,7 @@ def attention(
             q if bounds is None else bounds.contiguous(),
             q if q_start is None else q_start,
             *row_strides(q), *row_strides(k), *row_strides(v),
-            batch, query_blocks, key_blocks, queries, k.shape[2], window,
+            query_blocks, key_blocks, queries, k.shape[2], window,
             *score_scales(scale, softcap), float(softcap),
             HEADS=heads, GROUP=heads // k.shape[1], MASK_HEADS=mask_heads,
             HEAD_DIM=head_dim, BLOCK_D=block_d,

@@ -175,9 +175,9 @@ class Problem:
         n_queries = self.keys.n_queries
         i_head = i_tile % self.HEADS
         i_rest = i_tile // self.HEADS
-        i_batch = i_rest % self.n_batch
         n_blocks = (n_queries + self.BLOCK_M - 1) // self.BLOCK_M
-        i_query = (n_blocks - 1 - i_rest // self.n_batch) * self.BLOCK_M
+        i_batch = i_rest // n_blocks
+        i_query = (n_blocks - 1 - i_rest % n_blocks) * self.BLOCK_M
         row = self.keys.row(i_batch)
         low = row.first + i_query  # positions of the tile's first and last query
         high = row.first + min(i_query + self.BLOCK_M, n_queries) - 1

@@ -184,13 +184,13 @@ def _attend_keys(
 
 
 @triton.jit(
-    do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "n_dense", "window"],
+    do_not_specialize=["n_queries", "n_keys", "sink", "local", "n_dense", "window"],
 )
 def attention_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_bounds, p_q_start, p_route,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
-    n_batch, n_queries, n_keys, sink, local, n_dense, window, score_scale, cap_scale, softcap,
+    n_queries, n_keys, sink, local, n_dense, window, score_scale, cap_scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr, HAS_ROUTE: tl.constexpr,
@@ -198,12 +198,14 @@ def attention_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Attend from queries ``[i_block * M, (i_block + 1) * M)`` of one head of one row."""
-    # Heads first, so that those that share KV run together; late blocks, the longest, before early.
+    # Heads first and rows last, so that those run together that read the same keys; of a row late
+    # blocks, the longest, before early.
     i_program = tl.program_id(0)
     i_head = i_program % HEADS
     i_rest = i_program // HEADS
-    i_batch = (i_rest % n_batch).to(tl.int64)
-    i_block = tl.cdiv(n_queries, BLOCK_M) - 1 - i_rest // n_batch
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    i_batch = (i_rest // n_blocks).to(tl.int64)
+    i_block = n_blocks - 1 - i_rest % n_blocks
     i_kv_head = i_head // GROUP
 
     start = 0
@@ -326,7 +328,7 @@ def attention(
             q if q_start is None else q_start,
             q if route is None else route.contiguous().view(torch.uint8),
             *row_strides(q), *row_strides(k), *row_strides(v),
-            batch, queries, k.shape[2], sink or 0, local or 0, last, window,
+            queries, k.shape[2], sink or 0, local or 0, last, window,
             *score_scales(scale, softcap), float(softcap),
             HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -123,24 +123,26 @@ def _add_keys(
     return tl.dot(b_dscores.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "window"])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "sink", "local", "window"])
 def query_kernel(
     p_dq, p_delta, p_grad, p_out, p_lse, p_q, p_k, p_v, p_bounds, p_q_start, p_route,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    n_batch, n_queries, n_keys, sink, local, window, scale, score_scale, cap_scale, softcap,
+    n_queries, n_keys, sink, local, window, scale, score_scale, cap_scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr, HAS_ROUTE: tl.constexpr,
     SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradient and ``delta`` of queries ``[i_block * M, (i_block + 1) * M)`` of a head of a row."""
-    # Heads first, so that those that share KV run together; late blocks, the longest, before early.
+    # Heads first and rows last, so that those run together that read the same keys; of a row late
+    # blocks, the longest, before early.
     i_program = tl.program_id(0)
     i_head = i_program % HEADS
     i_rest = i_program // HEADS
-    i_batch = (i_rest % n_batch).to(tl.int64)
-    i_block = tl.cdiv(n_queries, BLOCK_M) - 1 - i_rest // n_batch
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    i_batch = (i_rest // n_blocks).to(tl.int64)
+    i_block = n_blocks - 1 - i_rest % n_blocks
     i_kv_head = (i_head // GROUP).to(tl.int64)
     i_head = i_head.to(tl.int64)
 
@@ -245,24 +247,25 @@ def _add_queries(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["n_batch", "n_queries", "n_keys", "sink", "local", "window"])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "sink", "local", "window"])
 def key_kernel(
     p_dk, p_dv, p_delta, p_grad, p_lse, p_q, p_k, p_v, p_bounds, p_q_start, p_route,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    n_batch, n_queries, n_keys, sink, local, window, scale, score_scale, cap_scale, softcap,
+    n_queries, n_keys, sink, local, window, scale, score_scale, cap_scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr, HAS_ROUTE: tl.constexpr,
     SPARSE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values ``[i_block * N, (i_block + 1) * N)`` of a KV head of a row."""
-    # Early blocks first: most queries see them, and every one of them sees the sink.
+    # Rows last, as above; of a row early blocks first: most queries see them, and all the sink.
     i_program = tl.program_id(0)
     i_kv_head = (i_program % KV_HEADS).to(tl.int64)
     i_rest = i_program // KV_HEADS
-    i_batch = (i_rest % n_batch).to(tl.int64)
-    i_key = i_rest // n_batch * BLOCK_N
+    n_blocks = tl.cdiv(n_keys, BLOCK_N)
+    i_batch = (i_rest // n_blocks).to(tl.int64)
+    i_key = i_rest % n_blocks * BLOCK_N
 
     start = 0
     end = n_keys
@@ -396,7 +399,7 @@ def differentiate(
         q if q_start is None else q_start,
         q if route is None else route.contiguous().view(torch.uint8),
         *row_strides(grad_out), *row_strides(q), *row_strides(k), *row_strides(v),
-        batch, queries, keys, sink or 0, local or 0, window,
+        queries, keys, sink or 0, local or 0, window,
         scale, *score_scales(scale, softcap), float(softcap),
     )  # fmt: skip
     constants = {
