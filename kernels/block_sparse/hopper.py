@@ -106,10 +106,13 @@ class Problem:
     def tile(self, i_tile):
         """Where a tile's queries lie, and its list. Query blocks begin at the first valid key."""
         n_queries = self.keys.n_queries
-        i_head = i_tile % self.HEADS
-        i_rest = i_tile // self.HEADS
-        i_batch = i_rest // self.n_query_blocks
-        i_block = self.n_query_blocks - 1 - i_rest % self.n_query_blocks
+        # One KV head after another, so that its chosen blocks are still cached for the next queries.
+        KV_HEADS: gl.constexpr = self.HEADS // self.GROUP
+        i_part = i_tile // self.GROUP
+        i_block = self.n_query_blocks - 1 - i_part % self.n_query_blocks
+        i_kv_head = (i_part // self.n_query_blocks) % KV_HEADS
+        i_head = i_kv_head * self.GROUP + i_tile % self.GROUP
+        i_batch = i_part // self.n_query_blocks // KV_HEADS
         row = self.keys.row(i_batch)
         i_query = max(row.start - row.first, 0) + i_block * self.BLOCK_M
         key_end = min(row.end, row.first + min(i_query + self.BLOCK_M, n_queries))

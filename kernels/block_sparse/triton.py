@@ -170,16 +170,16 @@ def attention_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Attend from M queries of one query block of one head over the block's list."""
-    # Heads first and rows last, so that those run together that read the same keys; of a row late
-    # blocks, the longest, before early.
+    # One KV head after another, so that its chosen blocks are still cached for the next queries;
+    # late blocks, the longest, before early.
     i_program = tl.program_id(0)
-    i_head = i_program % HEADS
-    i_rest = i_program // HEADS
+    i_rest = i_program // GROUP
     n_parts = n_query_blocks * (BLOCK // BLOCK_M)
-    i_batch = (i_rest // n_parts).to(tl.int64)
     i_part = n_parts - 1 - i_rest % n_parts
     i_block = i_part // (BLOCK // BLOCK_M)
-    i_kv_head = i_head // GROUP
+    i_kv_head = (i_rest // n_parts) % (HEADS // GROUP)
+    i_head = i_kv_head * GROUP + i_program % GROUP
+    i_batch = (i_rest // n_parts // (HEADS // GROUP)).to(tl.int64)
 
     start = 0
     end = n_keys
