@@ -106,7 +106,7 @@ class Problem:
     def tile(self, i_tile):
         """Where a tile's queries lie, and its list. Query blocks begin at the first valid key."""
         n_queries = self.keys.n_queries
-        # One KV head after another, so that its chosen blocks are still cached for the next queries.
+        # One KV head after another: its chosen blocks are still cached for the next queries.
         KV_HEADS: gl.constexpr = self.HEADS // self.GROUP
         i_part = i_tile // self.GROUP
         i_block = self.n_query_blocks - 1 - i_part % self.n_query_blocks
