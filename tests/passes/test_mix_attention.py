@@ -18,6 +18,7 @@ from fluxcompile.passes.verify import verify_mixture
 from tests.passes import hugging_face as hf
 from tests.passes.graphs import CONFIG, SDPA, Recorded, Stack, hidden, op_counts, record
 
+SPARSE_OP = "streaming_attention.default"
 PARAMETERS = len(list(LayerRouter(8).parameters()))
 
 
@@ -34,15 +35,15 @@ def mixed(recorded: Recorded, *args, **kwargs) -> Rewrite:
 @pytest.fixture(scope="module")
 def stack() -> Recorded:
     torch.manual_seed(0)
-    return record(Stack(kv_heads=2).requires_grad_(False), hidden())
+    return record(Stack().requires_grad_(False), hidden())
 
 
 def test_soft(stack):
     result = mixed(stack)
     counts = op_counts(result.gm)
-    assert counts["mix"] == counts["streaming_attention"] == counts["full_share"] == 2
+    assert counts["mix"] == counts[SPARSE_OP] == counts["full_share"] == 2
     assert counts[SDPA] == 2
-    assert counts["cond"] == counts["route_rows"] == 0
+    assert counts["cond"] == counts["route_rows.default"] == 0
     assert [site.became for site in result.sites] == ["mixed: full and streaming"] * 2
     assert result.shares.layers == [0, 1]
 
@@ -65,7 +66,7 @@ def test_router_is_no_constant(stack):
 def test_locked(stack):
     result = mixed(stack, training=Training.LOCKED)
     counts = op_counts(result.gm)
-    assert counts["streaming_attention"] == counts["full_attention_rows"] == 2
+    assert counts[SPARSE_OP] == counts["full_attention_rows"] == 2
     assert counts["mix"] == counts[SDPA] == counts["full_share"] == 0
     assert result.shares.noise is None
 
@@ -73,14 +74,14 @@ def test_locked(stack):
 def test_triangle_is_made_of_both(stack):
     result = mixed(stack, config=FluxConfig(sink=2, local=4, sparse="triangle", last=2))
     counts = op_counts(result.gm)
-    assert counts["pick"] == counts["mix"] == counts["streaming_attention"] == counts[SDPA] == 2
+    assert counts["pick"] == counts["mix"] == counts[SPARSE_OP] == counts[SDPA] == 2
     assert counts["last_queries"] == 1
 
 
 def test_short_prompts_keep_their_share(stack):
     result = mixed(stack, config=FluxConfig(sink=4, local=8))
     counts = op_counts(result.gm)
-    assert counts["mix"] == counts["streaming_attention"] == 0
+    assert counts["mix"] == counts[SPARSE_OP] == 0
     assert counts[SDPA] == counts["full_share"] == 2
     assert result.sites[0].became == "full (short enough to be equal)"
 
@@ -88,7 +89,8 @@ def test_short_prompts_keep_their_share(stack):
 @pytest.mark.parametrize("policy", [Policy.FULL, Policy.SPARSE])
 def test_static(stack, policy):
     result = mixed(stack, policy=policy)
-    assert op_counts(result.gm)["streaming_attention" if policy is Policy.SPARSE else SDPA] == 2
+    name = SPARSE_OP if policy is Policy.SPARSE else SDPA
+    assert op_counts(result.gm)[name] == 2
     assert result.shares.layers == []
 
 
@@ -102,8 +104,8 @@ def test_hugging_face(family, padded):
     result = mixed(hf.prefill(family, cache="none", padded=padded))
     counts = op_counts(result.gm)
     assert counts["mix"] == 2
-    assert counts["mask_bounds"] == padded
-    assert counts["full_attention"] == 2 * padded
+    assert counts["mask_bounds.default"] == padded
+    assert counts["full_attention.default"] == 2 * padded
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
