@@ -19,6 +19,7 @@ from fluxcompile.inspection import explain, routes
 from fluxcompile.report import FluxReport
 from fluxcompile.route_record import Routes
 from fluxcompile.router import FluxRouter
+from fluxcompile.soft_routes import SoftRoutes, soft_routes
 
 __version__ = "0.1.0"
 
@@ -34,8 +35,10 @@ __all__ = [
     "RewriteError",
     "RouterError",
     "Routes",
+    "SoftRoutes",
     "attach",
     "detach",
     "explain",
     "routes",
+    "soft_routes",
 ]
