@@ -298,9 +298,14 @@ def decode(s: Setting) -> list[Measurement]:
 
     def row(name: str, seconds: float, peer_caches: list) -> Measurement:
         goal = asked(s, f"≤ {microseconds:.0f} µs", 1e6 * seconds, microseconds, lengths=long)
-        peer = _rotated(sdpa_step, peer_caches, s.device)
-        floor = s.traffic_floor(window)
-        return Measurement(name, seconds, floor, {"SDPA window": peer}, error, **goal)
+        peers = {"SDPA window": _rotated(sdpa_step, peer_caches, s.device)}
+        if s.device == "cuda":
+            from reading import window_readers  # brings Triton
+
+            peers["reading alone"] = min(
+                _rotated(reader, peer_caches, s.device) for reader in window_readers(s.device)
+            )
+        return Measurement(name, seconds, s.traffic_floor(window), peers, error, **goal)
 
     again = [caches[0]] * len(caches)
     rows = [

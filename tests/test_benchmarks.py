@@ -117,7 +117,7 @@ def measured(monkeypatch):
     import measured_kernels
 
     yield measured_kernels
-    for name in ("measured_kernels", "peers", "models", "common"):
+    for name in ("measured_kernels", "peers", "reading", "models", "common"):
         sys.modules.pop(name, None)
 
 

@@ -139,7 +139,7 @@ class Problem:
     def mask(self, b_scores, tile, i, i_key, o_position):
         """-inf where a query does not see a key of a partial block, which begins at ``i_key``."""
         o_key = self.keys.block(tile.row, i_key, self.BLOCK_N, b_scores)
-        if self.HAS_WINDOW:
+        if self.HAS_WINDOW:  # noqa: SIM102  known while compiling, the rest is not
             if i_key <= tile.low + self.BLOCK_M - 1 - self.window:
                 b_scores = keep_above(b_scores, o_key, o_position - self.window)
         return keep_up_to(b_scores, o_key, gl.minimum(o_position, tile.key_end - 1))

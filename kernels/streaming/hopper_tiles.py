@@ -277,7 +277,7 @@ class Problem:
         if i >= tile.n_edge:
             limit = tile.sink_end
         high = tile.low + self.BLOCK_M - 1
-        if self.HAS_WINDOW:
+        if self.HAS_WINDOW:  # noqa: SIM102  known while compiling, the rest is not
             if i_key <= high - self.window:
                 b_scores = keep_above(b_scores, o_key, o_position - self.window)
         if self.SPARSE:
