@@ -12,13 +12,13 @@ from fluxcompile.errors import ConfigError
 from fluxcompile.options import LOWERINGS
 from fluxcompile.training.schedule import TemperatureSchedule
 
+_BUDGET = "use activation_memory_budget: the compiler decides what to recompute"
+
 # What would train something else than asked, and what to use instead.
 _REFUSED = {
     "torch_compile": "the model is compiled already, by the flux backend",
-    "gradient_checkpointing": "use activation_memory_budget: the compiler decides what to recompute",
-    "activation_checkpointing": (
-        "use activation_memory_budget: the compiler decides what to recompute"
-    ),
+    "gradient_checkpointing": _BUDGET,
+    "activation_checkpointing": _BUDGET,
     "gradient_accumulation_steps": "it follows from batch_size",
     "num_train_epochs": "use max_steps",
     "label_smoothing_factor": "the objective has no label smoothing",

@@ -54,8 +54,8 @@ class Statistics:
                 continue
             for i_column, column in enumerate(_COLUMNS):
                 values[f"{column}/{task}"] = float(sums[i_task, i_column] / rows[i_task])
-            values[f"lambda1/{task}"] = float(multipliers.linear[i_task])
-            values[f"lambda2/{task}"] = float(multipliers.quadratic[i_task])
+            values[f"lambda1/{task}"] = multipliers.linear[i_task].item()
+            values[f"lambda2/{task}"] = multipliers.quadratic[i_task].item()
         now = time.perf_counter()
         values["temperature"] = temperature
         values["tokens_per_second"] = float(sums[-1, 0]) / (now - self._since)

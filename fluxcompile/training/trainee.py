@@ -72,7 +72,7 @@ class Trainee(nn.Module):
         Returns:
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss``,
             ``sparsity`` (soft, what the constraint sees), ``routed_sparsity`` (argmax, what
-            inference does).
+            inference does). Both are means over the layers that can be sparse at all.
         """
         from fluxcompile.soft_routes import soft_routes
 
@@ -82,12 +82,12 @@ class Trainee(nn.Module):
             losses = language_model.losses(
                 run, input_ids, attention_mask, targets, self.logits_chunk
             )
-            shares = soft.shares()
+            shares = soft.shares()[:, soft.routed]
         lm_loss = row_means(losses, targets.rows, len(input_ids))
         term = sparsity_term(shares, *self.multipliers.of(task_id))
         return {
             "loss": (lm_loss + term.penalty).mean(),
             "lm_loss": lm_loss.detach(),
             "sparsity": term.sparsity.detach(),
-            "routed_sparsity": routed_sparsity(shares, noise, temperature),
+            "routed_sparsity": routed_sparsity(shares, noise[:, soft.routed], temperature),
         }

@@ -61,11 +61,6 @@ class RouterTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.ignored_modules = [trainee.router, trainee.multipliers]
 
-    @property
-    def temperature(self) -> float:
-        """τ of the current step."""
-        return self.temperatures(self.state.global_step)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> RunSampler:
         tasks = [example.task for example in self.train_dataset]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -111,7 +106,7 @@ class RouterTrainer(Trainer):
             labels=inputs["labels"],
             task_id=inputs["task_id"],
             noise=gumbel_noise(self.args.seed, self.state.global_step, index, layers),
-            temperature=self.temperature,
+            temperature=self.temperatures(self.state.global_step),
         )
         self.statistics.add(outputs, inputs["task_id"], inputs["attention_mask"])
         self.safeguard.remember(outputs["lm_loss"], inputs["task_id"], index)
@@ -126,7 +121,8 @@ class RouterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of training, not the summary at its end
-            logs.update(self.statistics.report(self.trainee.multipliers, self.temperature))
+            temperature = self.temperatures(max(0, self.state.global_step - 1))
+            logs.update(self.statistics.report(self.trainee.multipliers, temperature))
             logs["grad_norm"] = self.safeguard.grad_norm
         super().log(logs, start_time)
 
