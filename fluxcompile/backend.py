@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,12 @@ from fluxcompile.planning import Planner
 from fluxcompile.report import GraphReport
 from fluxcompile.route_io import route_io
 from fluxcompile.runtime import CompiledGraph
+from fluxcompile.training_graph import (
+    TrainingGraph,
+    prepare_training,
+    refuse_checkpointed,
+    refuse_untrained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +57,8 @@ def flux(
     Raises:
         OptionError: unknown option or bad value.
         RouterError: the router does not fit or cannot be loaded.
-        RewriteError: with ``strict``, whatever would have fallen back to full attention.
+        RewriteError: with ``strict``, whatever would have fallen back to full attention; with
+            ``mode`` "train", an attention that cannot be trained.
     """
     return compile_graph(gm, example_inputs, CompileOptions.parse(options, mode))
 
@@ -63,14 +71,24 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """As ``flux``, with parsed options; appends a report of the graph to ``reports``."""
     planner = Planner(options, example_inputs)
+    if planner.training is not None:
+        refuse_checkpointed(gm)
     gm = copy_graph(gm)
     result = analyse(gm, example_inputs, planner.layer_of, planner.layer_names)
     inputs = list(example_inputs)
-    if torch.is_grad_enabled() and any(_requires_grad(x) for x in inputs):
+    run: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+    if planner.training is not None:
+        rewrite(result, planner.plan(result.sites))
+        if reports is None:
+            refuse_untrained(result)
+        if (prepared := prepare_training(result, planner)) is not None:
+            training, examples = prepared
+            inputs += examples
+            run = functools.partial(TrainingGraph, io=training)
+    elif torch.is_grad_enabled() and any(_requires_grad(x) for x in inputs):
         for site in result.sites:
             site.skip = Skip(SkipReason.GRADIENTS, "compile under torch.no_grad() to route")
             site.became = "left alone"
-        io = None
     else:
         plan = planner.plan(result.sites)
         rewrite(result, plan)
@@ -78,18 +96,23 @@ def compile_graph(
         if io.takes_routes:
             query = value_of(result.routes.columns[0].q)
             inputs.append(routes_example(query.shape[0], len(io.layers), query.device))
+        if not io.is_idle:
+            run = functools.partial(CompiledGraph, io=io)
     _remember(result)
     if reports is not None:  # the report says it all: no warning, and none used up
         reports.append(GraphReport.of(result, planner))
     else:
         _explain_fallbacks(result, planner, options)
-    compiled = lower(gm, inputs, options)
-    return compiled if io is None or io.is_idle else CompiledGraph(compiled, io)
+    return run(lower(gm, inputs, options))
 
 
 def last_compile_stats() -> dict[str, Any]:
     """Of the last graph compiled: ``passes_seconds``, ``sites``, and ``seconds`` by pass."""
     return dict(_stats)
+
+
+def _as_it_is(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled
 
 
 def _requires_grad(value: Any) -> bool:

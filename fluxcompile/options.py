@@ -12,7 +12,8 @@ from fluxcompile.errors import OptionError
 from fluxcompile.router import FluxRouter
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
-ROUTE_WORDS = ("router", "full", "sparse")
+ROUTE_WORDS = ("router", "full", "sparse", "locked")
+MODES = ("infer", "train")
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,18 @@ class CompileOptions:
             attached to the model.
         config: the ``FluxConfig`` (or a dict of its fields) for static routes. Default: the
             router's, else ``FluxConfig()``.
+        mode: ``"infer"``, or ``"train"`` for graphs that can be differentiated: each routed layer
+            computes a mixture of full and sparse attention whose shares train the router (see
+            ``fluxcompile.soft_routes``). Not Inductor's mode, which is ``torch.compile``'s own
+            argument.
         routes: ``"router"``, ``"full"``, ``"sparse"``, or one 0/1 a layer (1 is full attention).
-            A static pattern compiles to no branch at all. None: the router if there is one.
+            A static pattern compiles to no branch at all. None: the router if there is one. With
+            mode ``"train"`` also ``"locked"``: the router decides, by argmax as in inference,
+            and is not trained; gradients reach the model.
         strict: raise instead of falling back to full attention.
         lowering: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"``.
         inductor: Inductor options for the ``"inductor"`` lowering.
-        mode: Inductor's mode.
+        inductor_mode: Inductor's mode, ``torch.compile``'s ``mode``.
 
     Raises:
         OptionError: unknown option or bad value.
@@ -37,35 +44,41 @@ class CompileOptions:
 
     router: FluxRouter | None = None
     config: FluxConfig | None = None
+    mode: str = "infer"
     routes: str | tuple[int, ...] | None = None
     strict: bool = False
     lowering: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    mode: str | None = None
+    inductor_mode: str | None = None
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> CompileOptions:
-        """Build from what the user passed to ``torch.compile``."""
+    def parse(cls, options: Mapping[str, Any] | None, inductor_mode: str | None) -> CompileOptions:
+        """Build from what the user passed to ``torch.compile`` as ``options`` and ``mode``."""
         given = dict(options or {})
-        known = [f.name for f in fields(cls) if f.name != "mode"]
+        known = [f.name for f in fields(cls) if f.name != "inductor_mode"]
         unknown = sorted(str(name) for name in given if name not in known)
         if unknown:
             raise OptionError(f"options: expected any of {known}, got unknown {unknown}")
+        mode = _our_mode(given.get("mode", "infer"))
+        routes = _routes(given.get("routes"))
+        if routes == "locked" and mode != "train":
+            raise OptionError('routes: expected "locked" with mode "train" only, got it without')
         return cls(
             router=_router(given.get("router")),
             config=_config(given.get("config")),
-            routes=_routes(given.get("routes")),
+            mode=mode,
+            routes=routes,
             strict=_flag("strict", given.get("strict", False)),
             lowering=_one_of("lowering", given.get("lowering", "inductor"), LOWERINGS),
             inductor=_inductor(given.get("inductor")),
-            mode=_mode(mode),
+            inductor_mode=_inductor_mode(inductor_mode),
         )
 
     def inductor_patches(self) -> dict[str, Any]:
         """Inductor's configuration: the mode's settings, overridden by ``inductor``."""
         from torch._inductor import list_mode_options
 
-        patches = dict(list_mode_options(self.mode)) if self.mode else {}
+        patches = dict(list_mode_options(self.inductor_mode)) if self.inductor_mode else {}
         patches.update(self.inductor)
         return patches
 
@@ -124,7 +137,16 @@ def _inductor(value: Any) -> dict[str, Any]:
     return patches
 
 
-def _mode(mode: str | None) -> str | None:
+def _our_mode(value: Any) -> str:
+    if value not in MODES:
+        raise OptionError(
+            f"mode: expected one of {list(MODES)} (Inductor's is torch.compile's own argument), "
+            f"got {value!r}"
+        )
+    return value
+
+
+def _inductor_mode(mode: str | None) -> str | None:
     if mode is None:
         return None
     from torch._inductor import list_mode_options

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from fluxcompile.attachment import find, layer_of
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError, RouterError
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.assign_layers import LayerOf
-from fluxcompile.passes.plan import Policy, RoutingPlan
+from fluxcompile.passes.mix_attention import DIFFERENTIABLE
+from fluxcompile.passes.plan import Policy, RoutingPlan, Training
 from fluxcompile.passes.site import AttentionSite, CacheKind, Skip, SkipReason
 from fluxcompile.router import FluxRouter
 
@@ -28,13 +32,41 @@ class Planner:
         default = self.router.config if self.router else FluxConfig()
         self.config = options.config or default
         self.routes = options.routes or ("router" if self.router else None)
+        self.training = self._training(example_inputs) if options.mode == "train" else None
+
+    def _training(self, example_inputs: Sequence[Any]) -> Training:
+        """How training follows the router; refuses what cannot be trained."""
+        if self.routes is None:
+            raise OptionError(
+                'mode "train": expected a router (fluxcompile.attach, or the option "router") or '
+                '"routes", got none'
+            )
+        for name, known in (("sparse", DIFFERENTIABLE), ("retrieval", ("full",))):
+            value = getattr(self.config, name)
+            if value not in known and self.routes != "full":
+                raise OptionError(
+                    f'mode "train": expected FluxConfig.{name} to be one of {list(known)}, which '
+                    f"have a backward, got {value!r}"
+                )
+        if self.routes != "router":
+            return Training.LOCKED
+        trained = sum(isinstance(x, nn.Parameter) and x.requires_grad for x in example_inputs)
+        if trained and torch.is_grad_enabled():
+            raise OptionError(
+                'mode "train": expected a frozen model (model.requires_grad_(False)) while its '
+                f"router is trained, got {trained} parameters that require grad; to adapt the "
+                'model to its router use options={"mode": "train", "routes": "locked"}'
+            )
+        return Training.SOFT
 
     def plan(self, sites: Sequence[AttentionSite]) -> RoutingPlan:
         """Policies for the layers found; says on the sites why one is not routed."""
         layers = sorted({site.layer for site in sites if site.layer is not None})
-        if self.routes == "router":
+        if self.by_router:
             if self.router is None:
-                raise OptionError('routes: expected a router for "router", got none attached')
+                raise OptionError(
+                    f'routes: expected a router for "{self.routes}", got none attached'
+                )
             self._check_dims(sites)
             policies = dict.fromkeys(layers, Policy.ROUTER)
             routers = {layer: self.router.layers[layer] for layer in layers}
@@ -47,16 +79,22 @@ class Planner:
             if self.routes is None:
                 site.not_routed = Skip(SkipReason.NO_ROUTER)
                 continue
-            if self.routes != "router" and _lacks_query(site):
+            if not self.by_router and _lacks_query(site):
                 site.not_routed = None  # only a router reads the query
             if site.layer is None and site.not_routed is None:
                 site.not_routed = Skip(SkipReason.NO_ROUTER_FOR_LAYER)
             elif self.routes != "full" and site.skip is None and site.cache is CacheKind.UNKNOWN:
                 site.not_routed = Skip(SkipReason.CACHE_UNKNOWN)
                 policies.pop(site.layer, None)
-        routed = self.routes == "router" or isinstance(self.routes, tuple)
+        routed = self.by_router or isinstance(self.routes, tuple)
         retrieval = self.config.retrieval if routed else "full"
-        return RoutingPlan(self.config, policies, routers, self._options.strict, retrieval)
+        return RoutingPlan(
+            self.config, policies, routers, self._options.strict, retrieval, self.training
+        )
+
+    @property
+    def by_router(self) -> bool:
+        return self.routes in ("router", "locked")
 
     def _static(self, sites: Sequence[AttentionSite], layers: list[int]) -> dict[int, Policy]:
         if not layers:  # a part of the model between its layers

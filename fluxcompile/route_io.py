@@ -28,7 +28,7 @@ def route_io(
     sites = routes.columns
     positions = {node: position for position, node in enumerate(placeholders)}
     carrier = _carrier(gm, sites)
-    _append_output(gm, routes.decided, sites)
+    append_output(gm, routes.decided)
     past = next((site.past_key for site in sites if site.past_key is not None), None)
     return RouteIO(
         layers=tuple(site.layer for site in sites),
@@ -75,10 +75,11 @@ def _takes_full(site: AttentionSite, plan: RoutingPlan) -> bool:
     return policy is Policy.FULL or site.not_routed is not None
 
 
-def _append_output(gm: fx.GraphModule, decided: list[fx.Node], sites: list[AttentionSite]) -> None:
+def append_output(gm: fx.GraphModule, columns: list[fx.Node]) -> None:
+    """Add ``columns``, each ``[B]``, to the graph's outputs as one ``[B, len(columns)]``."""
     output = next(iter(reversed(gm.graph.nodes)))
     with gm.graph.inserting_before(output):
-        stacked = gm.graph.call_function(torch.stack, (decided,), {"dim": 1})
+        stacked = gm.graph.call_function(torch.stack, (columns,), {"dim": 1})
     output.args = ((*output.args[0], stacked),)
     gm.graph.lint()
     gm.recompile()

@@ -46,7 +46,7 @@ def branch_attention(
             site.skip = Skip(SkipReason.MASK_UNREADABLE, f"size {problem} is not an input")
             site.became = "left alone"
         else:
-            _redirect(sites, output, replacement)
+            redirect(sites, output, replacement)
     gm.graph.lint()
     gm.recompile()
     return routes
@@ -64,6 +64,11 @@ def _rewrite(
         result = _decode(site, policy, plan, emitter, masks, routes)
     else:
         result = _prefill(site, policy, plan, emitter, masks, routes)
+    return replace(site, result, emitter)
+
+
+def replace(site: AttentionSite, result: fx.Node, emitter: Emitter) -> fx.Node:
+    """Put ``result`` ``[B, Sq, H, D]`` where the site's output is; returns the new output."""
     with emitter.graph.inserting_before(site.output):
         replacement = emitter.method("transpose", result, 1, 2)
         if any(op_name(user) == "view" for user in site.output.users):
@@ -74,7 +79,7 @@ def _rewrite(
     return replacement
 
 
-def _redirect(sites: list[AttentionSite], old: fx.Node, new: fx.Node) -> None:
+def redirect(sites: list[AttentionSite], old: fx.Node, new: fx.Node) -> None:
     """An attention may read another one's output directly."""
     for site in sites:
         for role in ("q", "k", "v", "query_tap"):
@@ -148,8 +153,8 @@ def _prefill(
 
     def branch(mode: str, route: fx.Node | None = None) -> Branch:
         if mode == "full":
-            return _full_branch(site, operands)
-        return _sparse_branch(mode, site, operands, route, config)
+            return full_branch(site, operands)
+        return sparse_branch(mode, site, operands, route, config)
 
     dense = plan.retrieval if _retrieves(site, plan) else "full"
     if policy is Policy.FULL:
@@ -158,7 +163,7 @@ def _prefill(
     route = None
     if policy is Policy.ROUTER:
         route = routes.route(site, plan.routers[site.layer], config.pool_size)
-    sparse = "full" if _is_full(config.sparse, site, config) else config.sparse
+    sparse = "full" if is_full(config.sparse, site, config) else config.sparse
     if policy is Policy.SPARSE or sparse == dense:
         site.became = "full (short enough to be equal)" if sparse == "full" else sparse
         return _emit(branch(sparse), emitter, site)
@@ -201,10 +206,10 @@ def _retrieves(site: AttentionSite, plan: RoutingPlan) -> bool:
     """True where full attention is to be replaced: in a routed layer without a window of its own
     (which is cheap as it is), on a prompt long enough to make a difference."""
     routed = site.layer in plan.policies and site.not_routed is None and not site.window
-    return routed and plan.retrieval != "full" and not _is_full(plan.retrieval, site, plan.config)
+    return routed and plan.retrieval != "full" and not is_full(plan.retrieval, site, plan.config)
 
 
-def _is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
+def is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
     """True where no key is out of the mode's reach. With a symbolic length this guards on the
     answer, so that lengths on one side of the boundary share a compiled graph."""
     reach = config.sink + config.local  # what every query sees in most modes
@@ -213,7 +218,7 @@ def _is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
     return bool(value_of(site.k).shape[2] <= reach)
 
 
-def _full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
+def full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
     plain = operands.is_plain_causal and not site.window and not site.softcap
     if plain and same_size(site.q_shape[2], site.k_shape[2]):
         grouped = not same_size(site.q_shape[1], site.k_shape[1])
@@ -238,7 +243,7 @@ FIELDS = {
 }
 
 
-def _sparse_branch(
+def sparse_branch(
     mode: str,
     site: AttentionSite,
     operands: MaskOperands,

@@ -57,6 +57,22 @@ class Emitter:
     def item(self, node: fx.Node, key: Any) -> fx.Node:
         return self.call(operator.getitem, (node, key))
 
+    def placeholder(self, name: str) -> fx.Node:
+        """A new graph input, the last so far."""
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node._dynamo_source = None  # not a value of the user's program, so nothing guards it
+        return node
+
+    def source_of(self, expression: sympy.Expr) -> int | tuple[fx.Node, int | None]:
+        """A size as an int, or the input that carries it and, if that is a tensor, the axis."""
+        if expression.is_Integer:
+            return int(expression)
+        if expression not in self._sizes:
+            raise UnknownSize(str(expression))
+        return self._sizes[expression]
+
     def size(self, expression: sympy.Expr) -> int | fx.Node:
         """A sympy size as an int or as nodes built from the graph's inputs."""
         if expression.is_Integer:

@@ -22,6 +22,37 @@ from fluxcompile.router_pooling import pick_tokens, pool_positions
 ROUTES_INPUT = "flux_routes"
 
 
+class RouterReader:
+    """Where a site's router reads: the query, and the tokens of it with their weights."""
+
+    def __init__(self, emitter: Emitter, masks: MaskOperandCache) -> None:
+        self._emitter = emitter
+        self._masks = masks
+        self._positions: dict[MaskOperands, tuple[fx.Node, fx.Node]] = {}
+
+    def read(self, site: AttentionSite, pool_size: int) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The query as ``[B, H, S, D]``, token indices and token weights ``[B, T]``."""
+        query = self._query(site)
+        return query, *self._pool_positions(query, self._masks.prefill(site), pool_size)
+
+    def _query(self, site: AttentionSite) -> fx.Node:
+        if site.tap_axes == (0, 1, 2, 3):
+            return site.query_tap
+        with self._emitter.after(site.query_tap):
+            return self._emitter.method("permute", site.query_tap, *site.tap_axes)
+
+    def _pool_positions(
+        self, query: fx.Node, masks: MaskOperands, pool_size: int
+    ) -> tuple[fx.Node, fx.Node]:
+        if masks not in self._positions:
+            valid = [] if masks.key_valid is None else [masks.key_valid]
+            with self._emitter.after(query, *valid):
+                positions = self._emitter.call(pool_positions, (query, masks.key_valid, pool_size))
+                index, weight = (self._emitter.item(positions, i) for i in range(2))
+            self._positions[masks] = index, weight
+        return self._positions[masks]
+
+
 class RouteSource:
     """Gives each routed site its route, bool ``[B]``, True for full attention.
 
@@ -32,7 +63,7 @@ class RouteSource:
     def __init__(self, emitter: Emitter, masks: MaskOperandCache) -> None:
         self._emitter = emitter
         self._masks = masks
-        self._positions: dict[MaskOperands, tuple[fx.Node, fx.Node]] = {}
+        self._reader = RouterReader(emitter, masks)
         self._unreadable_masks: dict[MaskOperands, fx.Node] = {}
         self.routes_input: fx.Node | None = None
         self.columns: list[AttentionSite] = []
@@ -54,17 +85,9 @@ class RouteSource:
 
     def _kept(self, site: AttentionSite, column: int) -> fx.Node:
         if self.routes_input is None:
-            self.routes_input = self._add_input()
+            self.routes_input = self._emitter.placeholder(ROUTES_INPUT)
         with self._emitter.after(self.routes_input):
             return self._emitter.item(self.routes_input, (slice(None), column))
-
-    def _add_input(self) -> fx.Node:
-        graph = self._emitter.graph
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(ROUTES_INPUT)
-        node._dynamo_source = None  # not a value of the user's program, so nothing guards it
-        return node
 
     def _restart(
         self, site: AttentionSite, kept: fx.Node, router: LayerRouter, pool_size: int
@@ -81,8 +104,7 @@ class RouteSource:
     def _decide(self, site: AttentionSite, router: LayerRouter, pool_size: int) -> fx.Node:
         emitter = self._emitter
         masks = self._masks.prefill(site)
-        query = self._query(site)
-        index, weight = self._pool_positions(query, masks, pool_size)
+        query, index, weight = self._reader.read(site, pool_size)
         device = value_of(site.q).device
         name = emitter.submodule("flux_router", constant_router(router, device))
         with emitter.after(query, index, weight):
@@ -100,13 +122,6 @@ class RouteSource:
         with emitter.after(route, unreadable):
             return emitter.call(torch.logical_or, (route, unreadable))
 
-    def _query(self, site: AttentionSite) -> fx.Node:
-        """The query that the router reads, as ``[B, H, S, D]``."""
-        if site.tap_axes == (0, 1, 2, 3):
-            return site.query_tap
-        with self._emitter.after(site.query_tap):
-            return self._emitter.method("permute", site.query_tap, *site.tap_axes)
-
     def _unreadable(self, masks: MaskOperands, device: torch.device) -> fx.Node:
         """bool [] on the device, brought there once: the given mask was not what it should be."""
         if masks not in self._unreadable_masks:
@@ -114,17 +129,6 @@ class RouteSource:
                 readable = self._emitter.method("to", self._emitter.item(masks.flags, 0), device)
                 self._unreadable_masks[masks] = self._emitter.call(torch.logical_not, (readable,))
         return self._unreadable_masks[masks]
-
-    def _pool_positions(
-        self, query: fx.Node, masks: MaskOperands, pool_size: int
-    ) -> tuple[fx.Node, fx.Node]:
-        if masks not in self._positions:
-            valid = [] if masks.key_valid is None else [masks.key_valid]
-            with self._emitter.after(query, *valid):
-                positions = self._emitter.call(pool_positions, (query, masks.key_valid, pool_size))
-                index, weight = (self._emitter.item(positions, i) for i in range(2))
-            self._positions[masks] = index, weight
-        return self._positions[masks]
 
 
 def constant_router(router: LayerRouter, device: torch.device) -> LayerRouter:

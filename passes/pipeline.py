@@ -15,21 +15,28 @@ from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.find_cache import find_caches
 from fluxcompile.passes.find_query import find_queries
 from fluxcompile.passes.insert_router import RouteSource
+from fluxcompile.passes.insert_shares import ShareSource
+from fluxcompile.passes.mix_attention import mix_attention
 from fluxcompile.passes.plan import RoutingPlan
 from fluxcompile.passes.recover_kv import recover_kv
 from fluxcompile.passes.recover_mask import recover_masks
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.passes.start_cache import start_caches
-from fluxcompile.passes.verify import verify
+from fluxcompile.passes.verify import verify, verify_mixture
 
 
 @dataclass
 class Rewrite:
-    """What the passes made of one graph. ``routes`` is None when nothing was rewritten."""
+    """What the passes made of one graph.
+
+    ``routes`` is None when nothing was rewritten for inference, ``shares`` when nothing was for
+    training.
+    """
 
     gm: fx.GraphModule
     sites: list[AttentionSite]
     routes: RouteSource | None
+    shares: ShareSource | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -58,6 +65,11 @@ def analyse(
 def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     """Rewrite what may be rewritten, as ``plan`` says, and verify the outcome."""
     clock = _Clock(result.seconds)
+    if plan.training is not None:
+        result.shares = clock("mix_attention", lambda: mix_attention(result.gm, result.sites, plan))
+        clock("verify", lambda: verify(result.gm, result.sites))
+        clock("verify_mixture", lambda: verify_mixture(result.gm, result.sites, result.shares))
+        return result
     clock("start_cache", lambda: start_caches(result.gm, result.sites))
     result.routes = clock(
         "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)

@@ -18,6 +18,13 @@ class Policy(enum.Enum):
     ROUTER = "router"
 
 
+class Training(enum.Enum):
+    """How a training graph follows its routers."""
+
+    SOFT = "soft"  #: mixed by the router's share, which is trained
+    LOCKED = "locked"  #: routed by the router's argmax, without a gradient to it
+
+
 @dataclass(frozen=True)
 class RoutingPlan:
     """Routes of one graph's layers.
@@ -25,7 +32,7 @@ class RoutingPlan:
     ``policies`` maps a layer to its policy and ``routers`` a layer to its trained router; a layer
     that is missing from ``policies`` gets full attention. ``retrieval`` is what full attention
     means in a layer that a router or a static pattern routes: the configuration's, or ``"full"``
-    where full attention is what the user asked for.
+    where full attention is what the user asked for. ``training`` is None in inference.
     """
 
     config: FluxConfig
@@ -33,3 +40,4 @@ class RoutingPlan:
     routers: Mapping[int, LayerRouter] = field(default_factory=dict)
     strict: bool = False
     retrieval: str = "full"
+    training: Training | None = None

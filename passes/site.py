@@ -26,6 +26,7 @@ class SkipReason(enum.Enum):
     WEIGHTS_RETURNED = "the attention probabilities are used elsewhere"
     QUERY_NOT_FOUND = "the query before rotary embedding was not found"
     CACHE_UNKNOWN = "the key/value cache is of an unknown kind"
+    CACHE_IN_TRAINING = "training wants whole prompts without a cache (use_cache=False)"
     SLIDING_CACHE = "the sliding-window cache has dropped the sink tokens"
     NO_ROUTER = "no router is attached and no static routes are given"
     NO_ROUTER_FOR_LAYER = "the router has no entry for this layer"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fluxcompile.errors import RewriteError
+from fluxcompile.mixing import full_share, mix, pick
 from fluxcompile.passes.find_attention import find_attention
+from fluxcompile.passes.insert_shares import ShareSource
 from fluxcompile.passes.site import AttentionSite
 
 
@@ -28,3 +31,27 @@ def verify(gm: fx.GraphModule, sites: list[AttentionSite]) -> None:
     ]
     if masked:
         raise RewriteError(f"expected no dense mask after the rewrite, got one at {masked}")
+
+
+def verify_mixture(gm: fx.GraphModule, sites: list[AttentionSite], source: ShareSource) -> None:
+    """Raise RewriteError where a training graph does not hold what was promised.
+
+    Every layer with a router has a share of its own, every mixture reads one and is read, and
+    nothing of it stands where the model turned gradients off.
+    """
+    accounted = [*source.layers, *source.fixed]
+    mixed = [site.layer for site in sites if site.became.startswith("mixed")]
+    if len(set(accounted)) != len(accounted) or not set(mixed) <= set(source.layers):
+        raise RewriteError(f"expected one share a layer of {mixed}, got {accounted}")
+    mixtures = gm.graph.find_nodes(op="call_function", target=mix)
+    if len(mixtures) != len(mixed):
+        raise RewriteError(f"expected {len(mixed)} mixtures, got {len(mixtures)}")
+    for node in mixtures:
+        if node.args[2] not in source.shares or not node.users:
+            raise RewriteError(f"expected {node.name} to mix by a share and to be read")
+    grad = True
+    for node in gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        elif node.target in (mix, pick, full_share) and not grad:
+            raise RewriteError(f"expected {node.name} under gradients, got it without")

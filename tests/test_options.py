@@ -141,7 +141,7 @@ class TestInductor:
         "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None]
     )
     def test_modes(self, mode):
-        assert CompileOptions.parse(None, mode).mode == mode
+        assert CompileOptions.parse(None, mode).inductor_mode == mode
 
     @pytest.mark.parametrize("mode", ["fast", "", "Default", 3])
     def test_unknown_modes(self, mode):

@@ -1,0 +1,66 @@
+"""The differentiable mixture of full and sparse attention (arXiv 2604.07394, training).
+
+A layer's output under training is ``r * FA + (1 - r) * SA`` with
+``r = softmax((logits + noise) / temperature)[full]``, one share ``r`` a batch row. Plain torch
+functions that trace into the training graph: the partitioner keeps FA and SA in the model's dtype
+and recomputes whatever is wider.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def full_share(
+    logits: torch.Tensor, noise: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor:
+    """Share of full attention in each row, fp32 ``[B]``.
+
+    Args:
+        logits: fp32 ``[B, 2]``; class 1 is full attention.
+        noise: fp32 ``[B, 2]``, Gumbel noise or zeros.
+        temperature: fp32 ``[]``, above 0.
+    """
+    return ((logits + noise) / temperature).softmax(dim=-1)[:, 1]
+
+
+def mix(full: torch.Tensor, sparse: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """``share * full + (1 - share) * sparse``, exactly one of the two where the share is 1 or 0.
+
+    The sum, and with it the gradient of the share, is taken in fp32 or wider: that gradient sums
+    small differences over a whole row, which rounding in between would drown.
+
+    Args:
+        full: ``[B, Sq, H, D]``, and ``sparse`` alike.
+        share: fp32 ``[B]``.
+
+    Returns:
+        ``[B, Sq, H, D]`` in the dtype of ``full``.
+    """
+    wide = torch.promote_types(full.dtype, share.dtype)
+    weight = share.to(wide)[:, None, None, None]
+    return (weight * full.to(wide) + (1 - weight) * sparse.to(wide)).to(full.dtype)
+
+
+def pick(full: torch.Tensor, sparse: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``full`` where ``rows`` (bool ``[B]`` or ``[B|1, Sq]``) says so, elsewhere ``sparse``.
+
+    Both are ``[B, Sq, H, D]``.
+    """
+    return torch.where(rows.reshape(*rows.shape, *[1] * (4 - rows.dim())), full, sparse)
+
+
+def last_queries(query: torch.Tensor, key_valid: torch.Tensor | None, last: int) -> torch.Tensor:
+    """The queries that triangle attention leaves dense: bool ``[B, S]``, or ``[1, S]``.
+
+    Args:
+        query: ``[B, H, S, D]`` of a whole prompt: query i sits at key i.
+        key_valid: bool ``[B, S]``; None for all valid.
+        last: valid queries at the end of each row.
+    """
+    length = query.shape[2]
+    if key_valid is None:
+        return (torch.arange(length, device=query.device) >= length - last)[None]
+    # Valid queries from here to the row's end, without a flip: those in all less those before.
+    seen = key_valid.to(torch.int64).cumsum(-1)
+    return key_valid & (seen[:, -1:] - seen < last)

@@ -1,0 +1,174 @@
+"""The compiled callable of training mode: live router tensors in, shares of full attention out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fluxcompile.errors import RewriteError, RouterError
+from fluxcompile.passes.graph_util import hint, op_name, value_of
+from fluxcompile.passes.insert_shares import RouterTensor
+from fluxcompile.passes.pipeline import Rewrite
+from fluxcompile.passes.site import SkipReason
+from fluxcompile.planning import Planner
+from fluxcompile.route_io import append_output
+from fluxcompile.router import FluxRouter
+from fluxcompile.soft_routes import active_soft_routes
+
+
+@dataclass(frozen=True)
+class TrainingIO:
+    """What one training graph takes beyond the traced inputs, in this order, and what it leaves.
+
+    Attributes:
+        router: the live router.
+        soft: the graph takes the temperature and the noise.
+        tensors: the router tensors that the graph takes.
+        layers: the columns of the graph's last output, fp32 ``[B, len(layers)]``.
+        fixed: layers that are full attention whatever their router says.
+        batch: the batch size, or the input (and its axis, if a tensor) that has it.
+        device: where the graph computes.
+    """
+
+    router: FluxRouter
+    soft: bool
+    tensors: tuple[RouterTensor, ...]
+    layers: tuple[int, ...]
+    fixed: tuple[int, ...]
+    batch: int | tuple[int, int | None]
+    device: torch.device
+
+    def inputs(self, traced: Sequence[Any]) -> list[torch.Tensor]:
+        """This call's additional inputs.
+
+        Raises:
+            RouterError: the router is on another device, or noise or temperature do not fit.
+        """
+        found = [self._tensor(name) for name in self.tensors]
+        if self.soft:
+            soft = active_soft_routes(self.router)
+            noise = soft.noise_on(self.device, self._batch_of(traced))
+            found = [soft.temperature_on(self.device), noise, *found]
+        return found
+
+    def examples(self, batch: int | torch.SymInt) -> list[torch.Tensor]:
+        """Stand-ins for :meth:`inputs` to compile with, under Dynamo's fake mode.
+
+        Args:
+            batch: the batch size, symbolic where the graph's is.
+        """
+        context = torch._guards.TracingContext.try_get()
+        mode = None if context is None else context.fake_mode
+        with mode or contextlib.nullcontext():
+            return self._empty(batch if mode else hint(batch))
+
+    def _empty(self, batch: int | torch.SymInt) -> list[torch.Tensor]:
+        on = {"dtype": torch.float32, "device": self.device}
+        found = []
+        if self.soft:
+            noise = torch.empty(batch, len(self.router.layer_names), 2, **on)
+            found = [torch.empty((), **on), noise]
+        for name in self.tensors:
+            live = self._tensor(name)
+            like = torch.empty(live.shape, dtype=live.dtype, device=live.device)
+            # Parameters that are frozen now may be trained later: the graph is ready for it.
+            found.append(like.requires_grad_(self.soft and isinstance(live, torch.nn.Parameter)))
+        return found
+
+    def _tensor(self, name: RouterTensor) -> torch.Tensor:
+        owner, _, attribute = name.path.rpartition(".")
+        tensor = getattr(self.router.layers[name.layer].get_submodule(owner), attribute)
+        if tensor.device != self.device:
+            raise RouterError.mismatch(
+                "the router's device", f"{self.device} (the model's)", tensor.device
+            )
+        return tensor
+
+    def _batch_of(self, traced: Sequence[Any]) -> int:
+        if isinstance(self.batch, int):
+            return self.batch
+        position, axis = self.batch
+        return traced[position] if axis is None else traced[position].shape[axis]
+
+
+class TrainingGraph:
+    """Callable that Dynamo runs in place of the graph it traced."""
+
+    def __init__(self, compiled: Callable[..., Any], io: TrainingIO) -> None:
+        self._compiled = compiled
+        self._io = io
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        io = self._io
+        outputs = self._compiled(*inputs, *io.inputs(inputs))
+        soft = active_soft_routes(io.router)
+        if io.layers:
+            *outputs, shares = outputs
+            soft.leave(io.layers, shares)
+        soft.leave(io.fixed, None)
+        return outputs
+
+
+def prepare_training(
+    result: Rewrite, planner: Planner
+) -> tuple[TrainingIO, list[torch.Tensor]] | None:
+    """Add the shares output to the graph, and describe what the runtime passes in and takes off.
+
+    Returns:
+        The description and stand-ins for the graph's additional inputs; None where the graph has
+        no layer with a router.
+    """
+    source = result.shares
+    if not source.layers and not source.fixed:
+        return None
+    if source.layers:
+        append_output(result.gm, source.shares)
+    batch, example = source.batch, source.batch
+    if not isinstance(batch, int):
+        node, axis = batch
+        placeholders = [n for n in result.gm.graph.nodes if n.op == "placeholder"]
+        batch = placeholders.index(node), axis
+        example = value_of(node) if axis is None else value_of(node).shape[axis]
+    io = TrainingIO(
+        router=planner.router,
+        soft=source.noise is not None,
+        tensors=tuple(source.tensors),
+        layers=tuple(source.layers),
+        fixed=tuple(source.fixed),
+        batch=batch,
+        device=source.device,
+    )
+    return io, io.examples(example)
+
+
+def refuse_untrained(result: Rewrite) -> None:
+    """Training over a layer that is silently not routed would be a defect: say so instead.
+
+    Raises:
+        RewriteError: an attention that is causal was left alone.
+    """
+    for site in result.sites:
+        if site.skip is not None and site.skip.reason is not SkipReason.NOT_CAUSAL:
+            raise RewriteError(
+                f'mode "train": expected attentions that can be rewritten, got '
+                f"{site.path or site.output.name}: {site.skip}"
+            )
+
+
+def refuse_checkpointed(gm: fx.GraphModule) -> None:
+    """Attentions inside ``torch.utils.checkpoint`` are out of the passes' sight.
+
+    Raises:
+        RewriteError: the graph holds a checkpointed region.
+    """
+    if any("checkpoint" in op_name(node) for node in gm.graph.nodes if node.op != "placeholder"):
+        raise RewriteError(
+            'mode "train": expected a graph without torch.utils.checkpoint regions, got some: '
+            "disable the model's gradient checkpointing, and to save memory set "
+            "torch._functorch.config.activation_memory_budget below 1 instead"
+        )

@@ -1,0 +1,106 @@
+"""Put the layer routers into a training graph, with their tensors as inputs: live and trained.
+
+Legal because a router only reads: it adds a share of each row and changes no value that the model
+already computes. Inputs that this pass adds, in order: temperature and noise (soft shares only),
+then each router's tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fluxcompile.layer_router import LayerRouter
+from fluxcompile.live_router import LiveLogits, tensor_names
+from fluxcompile.mixing import full_share
+from fluxcompile.passes.emit import Emitter
+from fluxcompile.passes.graph_util import as_expr, value_of
+from fluxcompile.passes.insert_router import RouterReader
+from fluxcompile.passes.mask_operands import MaskOperandCache
+from fluxcompile.passes.site import AttentionSite
+from fluxcompile.router_pooling import full_attention_rows, pick_tokens
+
+
+@dataclass(frozen=True)
+class RouterTensor:
+    """A tensor of the router: the layer, and its path inside the ``LayerRouter``."""
+
+    layer: int
+    path: str
+
+
+class ShareSource:
+    """Gives each site its rows' shares of full attention, or their locked routes.
+
+    Attributes:
+        temperature, noise: graph inputs fp32 ``[]`` and ``[B, L, 2]``; None before the first soft
+            share.
+        tensors: the router tensors among the graph's inputs, in order.
+        layers: the layer of each share. fixed: layers that are full attention always.
+        shares: fp32 ``[B]``, one a layer of ``layers``.
+        batch: the batch size, or the input (and axis) that carries it. device: the queries'.
+    """
+
+    def __init__(self, emitter: Emitter, masks: MaskOperandCache) -> None:
+        self._emitter = emitter
+        self._reader = RouterReader(emitter, masks)
+        self.temperature: fx.Node | None = None
+        self.noise: fx.Node | None = None
+        self.tensors: list[RouterTensor] = []
+        self.layers: list[int] = []
+        self.fixed: list[int] = []
+        self.shares: list[fx.Node] = []
+        self.batch: int | tuple[fx.Node, int | None] = 0
+        self.device = torch.device("cpu")
+
+    def soft(self, site: AttentionSite, router: LayerRouter, pool_size: int) -> fx.Node:
+        """The site's share, fp32 ``[B]``, differentiable.
+
+        Raises:
+            UnknownSize: no input carries the batch size.
+        """
+        emitter = self._emitter
+        if self.noise is None:
+            self.batch = emitter.source_of(as_expr(site.q_shape[0]))
+            self.temperature = emitter.placeholder("flux_temperature")
+            self.noise = emitter.placeholder("flux_noise")
+        logits = self._logits(site, router, pool_size, differentiable=True)
+        with emitter.after(logits):
+            noise = emitter.item(self.noise, (slice(None), site.layer))
+            share = emitter.call(full_share, (logits, noise, self.temperature), like=site.output)
+        self._keep(site, share)
+        return share
+
+    def locked(self, site: AttentionSite, router: LayerRouter, pool_size: int) -> fx.Node:
+        """The site's route by argmax, bool ``[B]``, without gradients; its share is 0 or 1."""
+        emitter = self._emitter
+        logits = self._logits(site, router, pool_size, differentiable=False)
+        with emitter.after(logits):
+            route = emitter.call(full_attention_rows, (logits,), like=site.output)
+            share = emitter.method("to", route, torch.float32)
+        self._keep(site, share)
+        return route
+
+    def _keep(self, site: AttentionSite, share: fx.Node) -> None:
+        self.layers.append(site.layer)
+        self.shares.append(share)
+        self.device = value_of(site.q).device
+
+    def _logits(
+        self, site: AttentionSite, router: LayerRouter, pool_size: int, differentiable: bool
+    ) -> fx.Node:
+        emitter = self._emitter
+        query, index, weight = self._reader.read(site, pool_size)
+        name = emitter.submodule("flux_logits", LiveLogits(router))
+        inputs = [self._input(site.layer, path) for path in tensor_names(router)]
+        with emitter.after(query, index, weight, *inputs):
+            if not differentiable:
+                query, *inputs = (emitter.method("detach", x) for x in (query, *inputs))
+            picked = emitter.call(pick_tokens, (query, index), like=site.output)
+            return emitter.graph.call_module(name, (picked, weight, *inputs))
+
+    def _input(self, layer: int, path: str) -> fx.Node:
+        self.tensors.append(RouterTensor(layer, path))
+        return self._emitter.placeholder(f"flux_router_{layer}_{path.replace('.', '_')}")
