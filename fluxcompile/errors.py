@@ -34,6 +34,10 @@ class OptionError(FluxError, ValueError):
     """An entry of ``torch.compile(..., options=...)`` is unknown or has a bad value."""
 
 
+class DataError(FluxError, ValueError):
+    """Training data, or the description of its tasks, cannot be trained on as it is."""
+
+
 class RewriteError(FluxError):
     """An attention could not be rewritten and ``options={"strict": True}`` asked for it."""
 

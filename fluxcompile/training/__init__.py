@@ -1,0 +1,1 @@
+"""Training layer routers on a frozen model."""
