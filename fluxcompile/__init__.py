@@ -4,26 +4,34 @@
 are what surrounds it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fluxcompile.attachment import attach, detach
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import (
     ConfigError,
+    DataError,
     FluxError,
     FluxWarning,
     KernelError,
     OptionError,
     RewriteError,
     RouterError,
+    TrainingError,
 )
 from fluxcompile.inspection import explain, routes
 from fluxcompile.report import FluxReport
 from fluxcompile.route_record import Routes
 from fluxcompile.router import FluxRouter
 
+if TYPE_CHECKING:
+    from fluxcompile.training import train_router
+
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "DataError",
     "FluxConfig",
     "FluxError",
     "FluxReport",
@@ -34,8 +42,21 @@ __all__ = [
     "RewriteError",
     "RouterError",
     "Routes",
+    "TrainingError",
     "attach",
     "detach",
     "explain",
     "routes",
+    "train_router",
 ]
+
+_TRAINING = ("train_router",)
+
+
+def __getattr__(name: str) -> Any:
+    # Training brings transformers' Trainer along: only for those who train.
+    if name in _TRAINING:
+        from fluxcompile import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,6 +38,10 @@ class TrainingError(FluxError, RuntimeError):
     """Training cannot start, or cannot go on, with this model, data or state."""
 
 
+class DataError(FluxError, ValueError):
+    """Training data, or the description of its tasks, cannot be trained on as it is."""
+
+
 class RewriteError(FluxError):
     """An attention could not be rewritten and ``options={"strict": True}`` asked for it."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxcompile import FluxRouter, attach, detach
+from fluxcompile import FluxConfig, FluxRouter, attach, detach
 from fluxcompile.attachment import attachment_of
 from fluxcompile.errors import ConfigError, DataError, FluxError, RouterError, TrainingError
 from fluxcompile.training import train_router
@@ -72,7 +72,7 @@ def test_checkpoints_hold_the_router_and_not_the_backbone(finished):
 
 def test_logs_say_what_each_task_does(finished):
     *_, directory = finished
-    logs = [entry for entry in state_of(directory / "checkpoint-6")["log_history"]]
+    logs = state_of(directory / "checkpoint-6")["log_history"]
     assert [entry["step"] for entry in logs] == [1, 2, 3, 4, 5, 6]
     assert logs[0]["temperature"] == 1.5
     assert logs[-1]["temperature"] == 1.0
@@ -146,7 +146,8 @@ def test_sparsity_moves_to_the_targets(tmp_path):
     settings = QUICK | {
         "max_steps": 80,
         "learning_rate": 2e-2,
-        "multiplier_learning_rate": 0.3,
+        "multiplier_learning_rate": 0.5,
+        "multiplier_init": 1.0,
         "per_device_train_batch_size": 4,
         "logging_steps": 20,
     }
