@@ -13,6 +13,8 @@ from fluxcompile.model_layers import text_config
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.fingerprint import changed, fingerprint
 
+_RECOMPILES = 256
+
 
 def check_trainable(model: nn.Module) -> None:
     """Refuse a model that something else has already compiled or split.
@@ -84,10 +86,30 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def compiled(
-    body: nn.Module, *, routes: str | None, lowering: str, inductor: dict[str, Any] | None
+    body: nn.Module,
+    router: FluxRouter,
+    *,
+    lowering: str,
+    inductor: dict[str, Any] | None = None,
+    routes: str | None = None,
 ) -> Callable[..., Any]:
-    """``body`` through the compiler's training mode; ``routes="locked"`` for hard ones."""
-    options: dict[str, Any] = {"mode": "train", "strict": True, "lowering": lowering}
+    """``body`` through the compiler's training mode.
+
+    Args:
+        body: the model that ``router`` is attached to, or a part of it.
+        router: whose routes are taken.
+        lowering: as the backend's option.
+        inductor: as the backend's option.
+        routes: ``"locked"`` for hard routes that are not trained; None for soft ones.
+    """
+    # The router is named although it is attached: Dynamo hands the graph of one model to the next
+    # of the same shape, and only different options tell it not to.
+    options: dict[str, Any] = {
+        "mode": "train",
+        "strict": True,
+        "lowering": lowering,
+        "router": router,
+    }
     if inductor:
         options["inductor"] = inductor
     if routes is not None:
@@ -98,8 +120,14 @@ def compiled(
 @contextlib.contextmanager
 def compiler_settings(activation_memory_budget: float | None) -> Iterator[None]:
     """PyTorch's compiler as training needs it."""
-    # DDP's buckets would split the graph; all of its trained weights fit into one.
-    with torch._dynamo.config.patch(optimize_ddp=False):
+    settings = {
+        # DDP's buckets would split the graph; all of its trained weights fit into one.
+        "optimize_ddp": False,
+        # Counted over every run of the process, each of which compiles anew.
+        "recompile_limit": _RECOMPILES,
+        "accumulated_recompile_limit": 4 * _RECOMPILES,
+    }
+    with torch._dynamo.config.patch(settings):
         if activation_memory_budget is None:
             yield
         else:

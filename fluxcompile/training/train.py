@@ -153,7 +153,7 @@ def _trainer(
         language_model=language_model,
         run=backbone.compiled(
             language_model.body,
-            routes=None,
+            router,
             lowering=arguments.lowering,
             inductor=arguments.inductor,
         ),

@@ -29,16 +29,20 @@ def tiny_model(**overrides: Any) -> torch.nn.Module:
     return tiny_llama(**overrides)
 
 
-def tiny_data(rows: int = 16, length: int = 40) -> list[dict[str, Any]]:
-    """Random tokens of slightly differing lengths, tasks in turn."""
+def tiny_data(rows: int = 16, tokens_tell_tasks: bool = False) -> list[dict[str, Any]]:
+    """Random tokens of slightly differing lengths, tasks in turn.
+
+    With ``tokens_tell_tasks`` each task has half of the vocabulary to itself.
+    """
     generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "input_ids": torch.randint(3, 61, (length + row % 5,), generator=generator).tolist(),
-            "task": TASKS[row % 2],
-        }
-        for row in range(rows)
-    ]
+    data = []
+    for row in range(rows):
+        first, last = (
+            (3, 61) if not tokens_tell_tasks else (3 + 29 * (row % 2), 32 + 29 * (row % 2))
+        )
+        tokens = torch.randint(first, last, (40 + row % 5,), generator=generator)
+        data.append({"input_ids": tokens.tolist(), "task": TASKS[row % 2]})
+    return data
 
 
 def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
