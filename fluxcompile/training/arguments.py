@@ -24,7 +24,8 @@ _REFUSED = {
     "label_smoothing_factor": "the objective has no label smoothing",
     "neftune_noise_alpha": "the backbone is frozen",
     "auto_find_batch_size": "use a smaller per_device_train_batch_size: batch_size stays",
-    "deepspeed": "use fsdp to shard the backbone",
+    "deepspeed": "it would take over optimiser and checkpoints",
+    "fsdp": "every process holds the whole frozen backbone",
 }
 
 
@@ -33,7 +34,7 @@ class RouterTrainingArguments(TrainingArguments):
     """Arguments of :func:`fluxcompile.train_router`: transformers' own, and these.
 
     Defaults are those of Flux Attention (arXiv 2604.07394). Whatever else ``TrainingArguments``
-    takes (``report_to``, ``save_steps``, ``fsdp``, ``resume_from_checkpoint``, …) passes through.
+    takes (``report_to``, ``save_steps``, ``resume_from_checkpoint``, …) passes through.
 
     Attributes:
         max_steps: optimiser steps.

@@ -12,6 +12,7 @@ from fluxcompile.errors import TrainingError
 from fluxcompile.model_layers import text_config
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.fingerprint import changed, fingerprint
+from fluxcompile.training.processes import gathered
 
 _RECOMPILES = 256
 
@@ -34,7 +35,7 @@ def check_trainable(model: nn.Module) -> None:
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         raise TrainingError.mismatch(
             f"weights of {type(model).__name__}",
-            "on one device (to use several, launch a process for each; fsdp shards the weights)",
+            "on one device (to use several, launch a process for each)",
             sorted(map(str, devices)),
         )
 
@@ -72,9 +73,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Check that the block leaves every bit of ``model``'s weights and buffers as it was.
 
     Raises:
-        TrainingError: it did not, naming what changed.
+        TrainingError: it did not, naming what changed; or the processes' models differ to begin
+            with.
     """
     before = fingerprint(model)
+    for other in gathered(before):
+        if differing := changed(before, other):
+            raise TrainingError.mismatch(
+                f"weights of {type(model).__name__}",
+                "the same in every process",
+                f"{len(differing)} that differ, {differing[0]!r} first",
+            )
     yield
     differing = changed(before, fingerprint(model))
     if differing:

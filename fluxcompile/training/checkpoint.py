@@ -10,10 +10,8 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from fluxcompile import router_io
@@ -24,8 +22,6 @@ from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.processes import barrier
 
 MULTIPLIERS_FILE = "multipliers.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
-SCHEDULER_FILE = "scheduler.pt"
 _STAGING = ".incomplete"
 
 
@@ -117,15 +113,3 @@ def appearing(output_dir: str, name: str, *, leader: bool) -> Iterator[str]:
 def _check_same(directory: Path, what: str, expected: object, got: object) -> None:
     if expected != got:
         raise TrainingError.mismatch(f"{what} of {directory}", f"{expected} (this run's)", got)
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Read a state dict that ``torch.save`` wrote.
-
-    Raises:
-        TrainingError: the file is missing or damaged.
-    """
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises many kinds
-        raise TrainingError.mismatch(str(file), "a state that torch.save wrote", error) from error

@@ -10,10 +10,7 @@ _ODD = 0x9E3779B1
 
 
 def fingerprint(module: nn.Module) -> dict[str, int]:
-    """Checksum of every parameter and buffer, by name; equal if and only if (almost) equal bits.
-
-    Of a sharded tensor it is the checksum of this process's shard.
-    """
+    """Checksum of every parameter and buffer, by name; equal if and only if (almost) equal bits."""
     return {name: _checksum(tensor) for name, tensor in _tensors(module)}
 
 
@@ -31,8 +28,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _checksum(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    raw = local.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=raw.device)
     for start in range(0, raw.numel(), _CHUNK):
         chunk = raw[start : start + _CHUNK].to(torch.int64)

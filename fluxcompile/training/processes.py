@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 
 def is_distributed() -> bool:
@@ -35,21 +35,3 @@ def barrier() -> None:
     """Wait for every process."""
     if is_distributed():
         distributed.barrier()
-
-
-@torch.no_grad()
-def broadcast(module: nn.Module) -> None:
-    """Give every process the first one's parameters."""
-    if is_distributed():
-        for parameter in module.parameters():
-            distributed.broadcast(parameter.data, src=0)
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Mean over the processes of the gradients of a module that no wrapper reduces."""
-    if not is_distributed():
-        return
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= distributed.get_world_size()

@@ -40,8 +40,8 @@ def train_router(
     """Train layer routers for ``model``, whose own weights stay as they are.
 
     One process or many: under ``torchrun`` or ``accelerate launch`` every process calls this with
-    the same arguments, and the router is the one that a single process would have trained. With
-    ``fsdp`` the backbone is sharded over them.
+    the same arguments, and the router is the one that a single process would have trained. Each
+    of them holds the whole backbone.
 
     Args:
         model: a causal language model. It is moved to the device that trains, and otherwise left

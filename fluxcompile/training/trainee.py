@@ -1,6 +1,6 @@
 """What the trainer sees as its model: frozen backbone, routers and multipliers in one module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -11,6 +11,11 @@ from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.objective import routed_sparsity, row_means, sparsity_term
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 class Trainee(nn.Module):
@@ -42,6 +47,10 @@ class Trainee(nn.Module):
         self.router = router
         self.multipliers = multipliers
         self.logits_chunk = logits_chunk
+        # DistributedDataParallel would send a backbone that every process has already.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"backbone.{name}" for name, _ in _tensors(backbone)
+        ]
         # Behind a tuple, so that the compiled decoder is not registered as one more submodule.
         self._language_model = (language_model, run)
 

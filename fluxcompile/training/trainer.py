@@ -1,6 +1,5 @@
 """transformers' Trainer, taught the objective: noise, temperature, ascent, checkpoints, logs."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from fluxcompile.training.arguments import RouterTrainingArguments
 from fluxcompile.training.batching import TaskBalancedSampler
 from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
-from fluxcompile.training.processes import average_gradients, broadcast
 from fluxcompile.training.safeguard import Safeguard
 from fluxcompile.training.sampling import RunSampler
 from fluxcompile.training.statistics import Statistics
@@ -56,10 +54,6 @@ class RouterTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # every loss is a mean over rows
         self.statistics = Statistics(self.tasks, self.args.device)
-        if self.is_fsdp_enabled:
-            # The backbone is sharded; what trains is small and stays whole on every process.
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.ignored_modules = [trainee.router, trainee.multipliers]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RunSampler:
         tasks = [example.task for example in self.train_dataset]
@@ -112,26 +106,12 @@ class RouterTrainer(Trainer):
         self.safeguard.remember(outputs["lm_loss"], inputs["task_id"], index)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(model, *args, **kwargs)
-        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
-            average_gradients(self.trainee.router)
-            average_gradients(self.trainee.multipliers)
-        return loss
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # of training, not the summary at its end
             temperature = self.temperatures(max(0, self.state.global_step - 1))
             logs.update(self.statistics.report(self.trainee.multipliers, temperature))
             logs["grad_norm"] = self.safeguard.grad_norm
         super().log(logs, start_time)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            broadcast(self.trainee.router)
-            broadcast(self.trainee.multipliers)
-        return prepared
 
     # Checkpoints.
 
@@ -168,21 +148,3 @@ class RouterTrainer(Trainer):
         trainee = self.trainee
         directory = Path(resume_from_checkpoint)
         checkpoint.load_state(directory, trainee.router, trainee.multipliers, self.tasks)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # The Trainer's way with FSDP writes the whole model beside the optimiser.
-        if self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-            state = self.optimizer.state_dict()
-            torch.save(state, os.path.join(output_dir, checkpoint.OPTIMIZER_FILE))
-            state = self.lr_scheduler.state_dict()
-            torch.save(state, os.path.join(output_dir, checkpoint.SCHEDULER_FILE))
-
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            directory = Path(checkpoint_dir)
-            for what, file in (
-                (self.optimizer, checkpoint.OPTIMIZER_FILE),
-                (self.lr_scheduler, checkpoint.SCHEDULER_FILE),
-            ):
-                what.load_state_dict(checkpoint.read(directory / file))

@@ -46,7 +46,6 @@ def one(tmp_path_factory) -> tuple[FluxRouter, Path]:
 
 RUNS = {
     "replicated": {},
-    "sharded": {"fsdp": "full_shard", "fsdp_config": {"version": 2}},
     "resumed": {"resume_from_checkpoint": "replicated/checkpoint-3"},
 }
 
