@@ -23,6 +23,7 @@ from fluxcompile.inspection import explain, routes
 from fluxcompile.report import FluxReport
 from fluxcompile.route_record import Routes
 from fluxcompile.router import FluxRouter
+from fluxcompile.soft_routes import SoftRoutes, soft_routes
 
 if TYPE_CHECKING:
     from fluxcompile.training import train_router
@@ -42,11 +43,13 @@ __all__ = [
     "RewriteError",
     "RouterError",
     "Routes",
+    "SoftRoutes",
     "TrainingError",
     "attach",
     "detach",
     "explain",
     "routes",
+    "soft_routes",
     "train_router",
 ]
 

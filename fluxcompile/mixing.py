@@ -27,8 +27,9 @@ def full_share(
 def mix(full: torch.Tensor, sparse: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """``share * full + (1 - share) * sparse``, exactly one of the two where the share is 1 or 0.
 
-    The sum, and with it the gradient of the share, is taken in fp32 or wider: that gradient sums
-    small differences over a whole row, which rounding in between would drown.
+    Taken in fp32 or wider, and as an interpolation: the gradient of the share then sums
+    ``grad * (full - sparse)``, small differences that neither rounding in between nor the
+    difference of two large sums may drown.
 
     Args:
         full: ``[B, Sq, H, D]``, and ``sparse`` alike.
@@ -39,7 +40,7 @@ def mix(full: torch.Tensor, sparse: torch.Tensor, share: torch.Tensor) -> torch.
     """
     wide = torch.promote_types(full.dtype, share.dtype)
     weight = share.to(wide)[:, None, None, None]
-    return (weight * full.to(wide) + (1 - weight) * sparse.to(wide)).to(full.dtype)
+    return torch.lerp(sparse.to(wide), full.to(wide), weight).to(full.dtype)
 
 
 def pick(full: torch.Tensor, sparse: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

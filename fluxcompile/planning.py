@@ -36,11 +36,6 @@ class Planner:
 
     def _training(self, example_inputs: Sequence[Any]) -> Training:
         """How training follows the router; refuses what cannot be trained."""
-        if self.routes is None:
-            raise OptionError(
-                'mode "train": expected a router (fluxcompile.attach, or the option "router") or '
-                '"routes", got none'
-            )
         for name, known in (("sparse", DIFFERENTIABLE), ("retrieval", ("full",))):
             value = getattr(self.config, name)
             if value not in known and self.routes != "full":
@@ -48,7 +43,7 @@ class Planner:
                     f'mode "train": expected FluxConfig.{name} to be one of {list(known)}, which '
                     f"have a backward, got {value!r}"
                 )
-        if self.routes != "router":
+        if self.routes not in ("router", None):
             return Training.LOCKED
         trained = sum(isinstance(x, nn.Parameter) and x.requires_grad for x in example_inputs)
         if trained and torch.is_grad_enabled():
@@ -62,6 +57,11 @@ class Planner:
     def plan(self, sites: Sequence[AttentionSite]) -> RoutingPlan:
         """Policies for the layers found; says on the sites why one is not routed."""
         layers = sorted({site.layer for site in sites if site.layer is not None})
+        if self.training is not None and self.routes is None and layers:
+            raise OptionError(
+                'mode "train": expected a router (fluxcompile.attach, or the option "router") or '
+                '"routes", got none'
+            )
         if self.by_router:
             if self.router is None:
                 raise OptionError(

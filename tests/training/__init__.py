@@ -1,0 +1,1 @@
+"""Training mode: the mixture of full and sparse attention, and its gradients."""
