@@ -68,7 +68,7 @@ def builtin_mixture(
     _check("split", split, SPLITS)
     _check("question", question, (*QUESTIONS, "mixed"))
     _check("loss", loss, LOSSES)
-    lengths = [length] if isinstance(length, int) else list(length)
+    lengths = list(length) if isinstance(length, Sequence) else [length]
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise DataError.mismatch("length", "one or several ints > 0", repr(length))
     if examples < 1:
