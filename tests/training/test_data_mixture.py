@@ -93,6 +93,21 @@ def test_a_single_needle_begins_at_its_depth():
         assert fact.rstrip(".").endswith(item["answer"])
 
 
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_a_lead_is_between_the_prompt_and_the_answer(style):
+    made = mixture(12, tasks="retrieval", style=style, question="last")
+    led = [item for item in made if item["lead_length"]]
+    assert 0 < len(led) < 12
+    assert led == [item for item in made if item["wording"].endswith("lead")]
+    for item in made:
+        prompt = decode(item["input_ids"][: item["prompt_length"] - item["lead_length"]])
+        assert prompt.endswith("[assistant] " if style == "chat" else "\nAnswer:")
+    for item in led:
+        lead, answer = item["prompt_length"] - item["lead_length"], item["prompt_length"]
+        assert decode(item["input_ids"][lead:answer]).strip()[-1].isalnum()
+        assert decode(item["input_ids"][answer:]).startswith(f" {item['answer']}")
+
+
 @pytest.mark.parametrize("question", ["first", "last", "both"])
 def test_the_question_stands_where_it_is_asked_for(question):
     for item in mixture(8, tasks=("needle", "two_hop"), question=question, style="plain"):
