@@ -9,6 +9,7 @@ import string
 import pytest
 
 from fluxcompile.training.data import WORDINGS
+from fluxcompile.training.data.retrieval import RECORDS
 from fluxcompile.training.data.wordings import Chain, Fact
 
 FIELDS = [field.name for field in dataclasses.fields(WORDINGS["train"])]
@@ -45,10 +46,8 @@ def test_no_wording_contains_one_of_the_other_split():
 
 def test_training_values_have_digits_and_held_out_values_none():
     rng = random.Random(0)
-    train = [WORDINGS["train"].draw_distinct(WORDINGS["train"].values, 9, rng) for _ in range(20)]
-    held = [
-        WORDINGS["heldout"].draw_distinct(WORDINGS["heldout"].values, 9, rng) for _ in range(20)
-    ]
+    train = [WORDINGS["train"].draw_values(9, rng) for _ in range(20)]
+    held = [WORDINGS["heldout"].draw_values(9, rng) for _ in range(20)]
     assert all(any(c.isdigit() for c in value) for values in train for value in values)
     assert not any(c.isdigit() for values in held for value in values for c in value)
     assert all(len(set(values)) == 9 for values in train + held)
@@ -78,6 +77,8 @@ def test_placeholders_are_the_promised_ones(split):
 def test_there_are_enough_names_for_every_form(split):
     wordings = WORDINGS[split]
     assert min(len(set(wordings.places)), len(set(wordings.people))) >= 40
+    assert len(set(wordings.words)) >= RECORDS[1]
     rng = random.Random(0)
-    for pattern in wordings.record_keys:
-        assert len(set(wordings.draw_distinct((pattern,), 48, rng))) == 48
+    for _ in range(20):
+        keys = wordings.draw_record_keys(RECORDS[1], rng)
+        assert len({re.split("[^a-z]", key)[0] for key in keys}) == RECORDS[1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fluxcompile.training.data.recipe import Recipe
 from fluxcompile.training.data.wordings import Chain, Fact
 
+RECORDS = (4, 16)  # lines of a table
 LEAD_SHARE = 0.5  # of the answers, where the question stands last: begin with a lead
 
 
@@ -61,8 +62,8 @@ def needles(recipe: Recipe) -> dict:
 
 def key_value(recipe: Recipe) -> dict:
     i_fact, fact = _choose(recipe, recipe.wordings.records)
-    n = min(recipe.rng.randint(8, 48), max(recipe.length // 64, 2))
-    keys = recipe.wordings.draw_distinct(recipe.wordings.record_keys, n, recipe.rng)
+    n = recipe.rng.randint(*RECORDS)
+    keys = recipe.wordings.draw_record_keys(n, recipe.rng)
     asked = _one_of(recipe, fact, n, f"key_value {i_fact}", keys)
     if recipe.rng.random() < 0.5:
         return _ask(recipe, asked)
@@ -93,13 +94,13 @@ def _choose(recipe: Recipe, wordings: tuple) -> tuple[int, Fact | Chain]:
 
 
 def _pairs(recipe: Recipe, names: tuple[str, ...], n: int) -> tuple[list[str], list[str]]:
-    values = recipe.wordings.draw_distinct(recipe.wordings.values, n, recipe.rng)
+    values = recipe.wordings.draw_values(n, recipe.rng)
     return recipe.rng.sample(names, n), values
 
 
 def _one_of(recipe: Recipe, fact: Fact, n: int, wording: str, keys=None) -> Asked:
     """``n`` facts at random depths, one of which is asked for."""
-    values = recipe.wordings.draw_distinct(recipe.wordings.values, n, recipe.rng)
+    values = recipe.wordings.draw_values(n, recipe.rng)
     keys = keys or recipe.rng.sample(recipe.wordings.places, n)
     wanted = recipe.rng.randrange(n)
     hidden = [
