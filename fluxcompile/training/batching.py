@@ -70,9 +70,22 @@ class TaskBalancedSampler(Sampler[int]):
     Args:
         tasks_of_examples: the task of every example, by position.
         seed: with the epoch, decides the whole order.
+        lengths: tokens of every example. If given, rows of similar length share a batch: within
+            a pool every task's rows are sorted by length, so that the k-th shortest of all tasks
+            meet, and neighbours there make a batch. The batches come in random order.
+        batch_size: rows that are padded to one length.
+        pool: rounds (one row of each task) that are sorted together: the larger, the less padding
+            and the less randomness.
     """
 
-    def __init__(self, tasks_of_examples: Sequence[str], seed: int = 0) -> None:
+    def __init__(
+        self,
+        tasks_of_examples: Sequence[str],
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        pool: int = 256,
+    ) -> None:
         if not len(tasks_of_examples):
             raise DataError.mismatch("sampler", "at least one example", "none")
         self.seed = seed
@@ -80,6 +93,10 @@ class TaskBalancedSampler(Sampler[int]):
         self.positions: dict[str, list[int]] = {}
         for i_example, task in enumerate(tasks_of_examples):
             self.positions.setdefault(task, []).append(i_example)
+        self.lengths = lengths
+        self.rounds_a_batch = max(batch_size // len(self.positions), 1)
+        # Only the epoch's last batch may be short, or all after it would be out of step.
+        self.pool = -(-pool // self.rounds_a_batch) * self.rounds_a_batch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -94,16 +111,31 @@ class TaskBalancedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = self.rng()
-        columns = [self.draws(task, rng) for task in sorted(self.positions)]
-        for row in zip(*columns, strict=True):
-            # Shuffled, lest one of two processes get the same task every time.
-            yield from rng.sample(row, len(row))
+        batches = [
+            pool[start : start + self.rounds_a_batch]
+            for pool in self.pools(rng)
+            for start in range(0, len(pool), self.rounds_a_batch)
+        ]
+        whole = len(batches) - (len(batches[-1]) < self.rounds_a_batch)
+        for batch in rng.sample(batches[:whole], whole) + batches[whole:]:
+            for row in batch:
+                # Shuffled, lest one of two processes get the same task every time.
+                yield from rng.sample(row, len(row))
 
     def rng(self) -> random.Random:
         return random.Random(f"{self.seed}/{self.epoch}")
 
-    def draws(self, task: str, rng: random.Random) -> list[int]:
-        """The task's examples in random order, over and over until there are ``rounds``."""
+    def pools(self, rng: random.Random) -> Iterator[list[tuple[int, ...]]]:
+        """The epoch's rounds, one pool after another; in a pool by length, if that is known."""
+        columns = [self._draws(task, rng) for task in sorted(self.positions)]
+        for start in range(0, self.rounds, self.pool):
+            pool = [column[start : start + self.pool] for column in columns]
+            if self.lengths is not None:
+                pool = [sorted(column, key=self.lengths.__getitem__) for column in pool]
+            yield list(zip(*pool, strict=True))
+
+    def _draws(self, task: str, rng: random.Random) -> list[int]:
+        """The task's examples in random order, over and over until there are `rounds`."""
         drawn: list[int] = []
         while len(drawn) < self.rounds:
             drawn += rng.sample(self.positions[task], len(self.positions[task]))
@@ -113,9 +145,7 @@ class TaskBalancedSampler(Sampler[int]):
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """Task-balanced batches of similar lengths, of ``max_tokens`` tokens at most with padding.
 
-    Within a pool of rounds (one row of each task) every task's rows are sorted by length, so that
-    the k-th shortest rows of all tasks meet; whole rounds then fill a batch. The batches of an
-    epoch come in random order.
+    The rounds of a pool (see `TaskBalancedSampler`) fill a batch one after another, whole.
 
     With several processes pass ``even_batches=False`` to accelerate (a batch has no fixed size),
     and ``multiple_of`` the number of processes, so that all of them get the same number.
@@ -125,8 +155,12 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         lengths: tokens of every example.
         max_tokens: rows × longest row of a batch, at most.
         seed: with the epoch, decides the whole order.
-        pool: rounds that are sorted together: the larger, the less padding and randomness.
+        pool: rounds that are sorted together.
         multiple_of: batches an epoch is cut to a multiple of.
+
+    Raises:
+        DataError: ``max_tokens`` does not hold the longest row once for every task, or an epoch
+            has fewer than ``multiple_of`` batches.
     """
 
     def __init__(
@@ -138,10 +172,9 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         pool: int = 256,
         multiple_of: int = 1,
     ) -> None:
-        self.sampler = TaskBalancedSampler(tasks_of_examples, seed)
+        self.sampler = TaskBalancedSampler(tasks_of_examples, seed, lengths, pool=pool)
         self.lengths = lengths
         self.max_tokens = max_tokens
-        self.pool = pool
         self.multiple_of = multiple_of
         least = len(self.sampler.positions) * max(lengths)
         if max_tokens < least:
@@ -160,24 +193,19 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def _batches(self) -> list[list[int]]:
         rng = self.sampler.rng()
-        columns = [self.sampler.draws(task, rng) for task in sorted(self.sampler.positions)]
-        batches: list[list[int]] = []
-        for start in range(0, self.sampler.rounds, self.pool):
-            pool = [
-                sorted(column[start : start + self.pool], key=self.lengths.__getitem__)
-                for column in columns
-            ]
-            batches += self._filled(list(zip(*pool, strict=True)))
-        rng.shuffle(batches)
-        return batches[: len(batches) // self.multiple_of * self.multiple_of]
+        batches = [batch for pool in self.sampler.pools(rng) for batch in self._filled(pool)]
+        kept = len(batches) // self.multiple_of * self.multiple_of
+        if not kept:
+            raise DataError.mismatch("batches an epoch", f">= {self.multiple_of}", len(batches))
+        return rng.sample(batches, kept)
 
-    def _filled(self, rounds: list[tuple[int, ...]]) -> list[list[int]]:
-        batches: list[list[int]] = [[]]
-        longest = 0
+    def _filled(self, rounds: list[tuple[int, ...]]) -> Iterator[list[int]]:
+        batch: list[int] = []
         for row in rounds:
-            longest = max(longest, *(self.lengths[i] for i in row))
-            if batches[-1] and longest * (len(batches[-1]) + len(row)) > self.max_tokens:
-                batches.append([])
-                longest = max(self.lengths[i] for i in row)
-            batches[-1] += row
-        return batches
+            # The rounds come by length: the longest row of the batch is in its last round.
+            longest = max(self.lengths[i] for i in row)
+            if batch and longest * (len(batch) + len(row)) > self.max_tokens:
+                yield batch
+                batch = []
+            batch.extend(row)
+        yield batch

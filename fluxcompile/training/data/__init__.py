@@ -58,8 +58,9 @@ def builtin_mixture(
     Returns:
         One dict an example: ``input_ids`` and ``labels`` (lists of int; -100: no loss), ``task``
         (``"retrieval"`` or ``"holistic"``), and for evaluation ``form``, ``answer`` (text; empty
-        for continuations), ``prompt_length`` (where the answer begins), ``depth`` (where the
-        earliest needed fact begins, as share of the example; None for holistic forms),
+        for continuations), ``prompt_length`` (where the answer begins), ``lead_length`` (how many
+        of the tokens before it are the beginning of a sentence that it ends), ``depth`` (where
+        the earliest needed fact begins, as share of the example; None for holistic forms),
         ``wording``, ``style``, ``question`` and ``filler``.
 
     Raises:
@@ -68,7 +69,7 @@ def builtin_mixture(
     _check("split", split, SPLITS)
     _check("question", question, (*QUESTIONS, "mixed"))
     _check("loss", loss, LOSSES)
-    lengths = [length] if isinstance(length, int) else list(length)
+    lengths = list(length) if isinstance(length, Sequence) else [length]
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise DataError.mismatch("length", "one or several ints > 0", repr(length))
     if examples < 1:

@@ -78,12 +78,12 @@ class Corpus:
         (first,) = rng.choices(documents, weights=room)
         start = first.line_at(rng.randrange(max(len(first) - n, 1)))
         ids = first.ids[start : start + n]
+        others = [document for document in documents if document is not first]
         while len(ids) < n:
-            others = rng.sample(documents, len(documents))
-            for document in others:
-                if len(ids) >= n:
-                    break
-                ids += self.tokenise(self._title(kind, document.name)) + document.ids
+            for document in rng.sample(others, len(others)):
+                if len(ids) < n:
+                    ids += self.tokenise(self._title(kind, document.name)) + document.ids
+            others = documents
         return ids[:n]
 
     @staticmethod

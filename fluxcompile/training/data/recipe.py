@@ -63,6 +63,7 @@ class Recipe:
             "labels": [IGNORED] * len(prompt) + target,
             "form": self.form,
             "prompt_length": len(prompt),
+            "lead_length": 0,
             "style": self.frame.style,
             "question": self.question,
             **about,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fluxcompile.training.data.recipe import Recipe
 from fluxcompile.training.data.wordings import Chain, Fact
 
+RECORDS = (4, 16)  # lines of a table
 LEAD_SHARE = 0.5  # of the answers, where the question stands last: begin with a lead
 
 
@@ -61,8 +62,8 @@ def needles(recipe: Recipe) -> dict:
 
 def key_value(recipe: Recipe) -> dict:
     i_fact, fact = _choose(recipe, recipe.wordings.records)
-    n = min(recipe.rng.randint(8, 48), max(recipe.length // 64, 2))
-    keys = recipe.wordings.draw_distinct(recipe.wordings.record_keys, n, recipe.rng)
+    n = recipe.rng.randint(*RECORDS)
+    keys = recipe.wordings.draw_record_keys(n, recipe.rng)
     asked = _one_of(recipe, fact, n, f"key_value {i_fact}", keys)
     if recipe.rng.random() < 0.5:
         return _ask(recipe, asked)
@@ -93,13 +94,13 @@ def _choose(recipe: Recipe, wordings: tuple) -> tuple[int, Fact | Chain]:
 
 
 def _pairs(recipe: Recipe, names: tuple[str, ...], n: int) -> tuple[list[str], list[str]]:
-    values = recipe.wordings.draw_distinct(recipe.wordings.values, n, recipe.rng)
+    values = recipe.wordings.draw_values(n, recipe.rng)
     return recipe.rng.sample(names, n), values
 
 
 def _one_of(recipe: Recipe, fact: Fact, n: int, wording: str, keys=None) -> Asked:
     """``n`` facts at random depths, one of which is asked for."""
-    values = recipe.wordings.draw_distinct(recipe.wordings.values, n, recipe.rng)
+    values = recipe.wordings.draw_values(n, recipe.rng)
     keys = keys or recipe.rng.sample(recipe.wordings.places, n)
     wanted = recipe.rng.randrange(n)
     hidden = [
@@ -113,30 +114,30 @@ def _one_of(recipe: Recipe, fact: Fact, n: int, wording: str, keys=None) -> Aske
 def _ask(recipe: Recipe, asked: Asked) -> dict:
     """Put document, question and answer together, at exactly the recipe's length."""
     rng, wordings, frame = recipe.rng, recipe.wordings, recipe.frame
-    with_lead = bool(asked.lead) and recipe.question != "first" and rng.random() < LEAD_SHARE
-    before, after = map(recipe.ids, _question(recipe, asked.question, brief=not with_lead))
-    cue = f"\n{wordings.cue}" if frame.style == "plain" else ""
-    if cue and not after:
-        cue = f"\n{cue}"
-    lead = asked.lead if with_lead else ""
-    # The space of an answer that follows other text belongs to its first token.
-    space = " " if cue or lead else ""
-    opened = recipe.ids(cue + (" " if cue and lead else "") + lead)
-    answer = recipe.ids(space + asked.answer) + frame.end
+    # Where the question stands first alone, a lead would ask it again at the end.
+    led = bool(asked.lead) and recipe.question != "first" and rng.random() < LEAD_SHARE
+    before, after = map(recipe.ids, _question(recipe, asked.question, brief=not led))
+    turn = list(frame.turn)
+    if frame.style == "plain":
+        turn = recipe.ids(f"\n{wordings.cue}" if after else f"\n\n{wordings.cue}")
+    # A turn of a chat ends in a line break, a cue does not; a space belongs to the next token.
+    space = " " if frame.style == "plain" else ""
+    lead = recipe.ids(space + asked.lead) if led else []
+    answer = recipe.ids((" " if led else space) + asked.answer) + frame.end
 
     kind = rng.choice(wordings.fillers)
     texts = [recipe.ids(hidden.text) for hidden in asked.hidden]
     start = [*frame.head, *before]
-    room = recipe.room(start, *texts, after, frame.turn, opened, answer)
+    room = recipe.room(start, *texts, after, turn, lead, answer)
     filler = recipe.corpus.stretch(kind, room, rng)
     document, first_needed = _hide(recipe, filler, asked.hidden, texts)
-    prompt = [*start, *document, *after, *frame.turn, *opened]
     return recipe.item(
-        prompt,
+        [*start, *document, *after, *turn, *lead],
         answer,
         answer=asked.answer,
         depth=(len(start) + first_needed) / recipe.length,
-        wording=f"{asked.wording}{' lead' if with_lead else ''}",
+        wording=f"{asked.wording}{' lead' if led else ''}",
+        lead_length=len(lead),
         filler=kind,
     )
 

@@ -165,6 +165,6 @@ WORDINGS = Wordings(
         "yard"
     ),
     values=("#####", "######", "###-####", "@@####"),
-    record_keys=("*_##", "*-*", "*###"),
+    record_keys=("*_##", "*_*", "*"),
     fillers=("prose", "prose", "code", "mixed"),
 )

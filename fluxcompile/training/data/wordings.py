@@ -58,7 +58,7 @@ class Wordings:
         sort: asks for the module of the last excerpt; has ``{names}``.
         shot: an excerpt and its module: ``{text}`` and, at the end, ``{name}``.
         places, people, words: what keys, names and words of patterns are drawn from.
-        values, record_keys: patterns.
+        values, record_keys: patterns; those of keys begin with ``*``.
         fillers: what a document around facts is made of, each as likely as it is often here.
     """
 
@@ -82,13 +82,19 @@ class Wordings:
     record_keys: tuple[str, ...]
     fillers: tuple[str, ...]
 
-    def draw_distinct(self, patterns: tuple[str, ...], n: int, rng: random.Random) -> list[str]:
-        """``n`` different texts of one of ``patterns``."""
-        pattern = rng.choice(patterns)
+    def draw_values(self, n: int, rng: random.Random) -> list[str]:
+        """``n`` different values of one pattern."""
+        pattern = rng.choice(self.values)
         drawn: dict[str, None] = {}
         while len(drawn) < n:
             drawn[self._fill(pattern, rng)] = None
         return list(drawn)
+
+    def draw_record_keys(self, n: int, rng: random.Random) -> list[str]:
+        """``n`` keys of one pattern, no two of which begin with the same word."""
+        pattern = rng.choice(self.record_keys)
+        words = rng.sample(self.words, n)
+        return [self._fill(pattern.replace("*", word, 1), rng) for word in words]
 
     def _fill(self, pattern: str, rng: random.Random) -> str:
         draw = {
