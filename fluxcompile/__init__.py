@@ -26,7 +26,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import SoftRoutes, soft_routes
 
 if TYPE_CHECKING:
-    from fluxcompile.training import train_router
+    from fluxcompile.training import adapt_backbone, train_router
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "Routes",
     "SoftRoutes",
     "TrainingError",
+    "adapt_backbone",
     "attach",
     "detach",
     "explain",
@@ -53,7 +54,7 @@ __all__ = [
     "train_router",
 ]
 
-_TRAINING = ("train_router",)
+_TRAINING = ("adapt_backbone", "train_router")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,30 +1,38 @@
-"""Around each optimiser step: stop on numbers that are none, clip the routers, keep λ >= 0."""
+"""Around each optimiser step: stop on numbers that are none, clip the gradient."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from fluxcompile.errors import TrainingError
 from fluxcompile.training.processes import gathered, summed
-from fluxcompile.training.trainee import Trainee
 
 
 class Safeguard(TrainerCallback):
-    """Checks and projections of every step, the same on every process.
+    """Checks of every step, the same on every process.
 
     Args:
-        trainee: in training.
+        parameters: whose gradient is checked and clipped.
         tasks: names, in the order of ``task_id``.
-        max_grad_norm: of the routers; 0 clips nothing.
+        max_grad_norm: the gradient is scaled down to this norm; 0 clips nothing.
+        after_step: called after each optimiser step.
     """
 
-    def __init__(self, trainee: Trainee, tasks: Sequence[str], max_grad_norm: float) -> None:
-        self.trainee = trainee
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        tasks: Sequence[str],
+        max_grad_norm: float,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.parameters = list(parameters)
         self.tasks = tuple(tasks)
         self.max_grad_norm = max_grad_norm
+        self.after_step = after_step
         self.grad_norm = 0.0
         self._rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -33,13 +41,13 @@ class Safeguard(TrainerCallback):
         self._rows.append((losses, task_id, index))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Clip the routers' gradient.
+        """Clip the gradient.
 
         Raises:
-            TrainingError: a loss or gradient of this step is NaN or infinite. The routers are as
-                the last step left them.
+            TrainingError: a loss or gradient of this step is NaN or infinite. What is trained is
+                as the last step left it.
         """
-        parameters = [p for p in self.trainee.router.parameters() if p.grad is not None]
+        parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
         limit = self.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         losses = torch.stack([loss.sum() for loss, _, _ in self._rows]).sum()
@@ -51,7 +59,8 @@ class Safeguard(TrainerCallback):
         self._rows.clear()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainee.multipliers.project()
+        if self.after_step is not None:
+            self.after_step()
 
     def _stop(self, step: int) -> None:
         rows = [
@@ -67,5 +76,5 @@ class Safeguard(TrainerCallback):
         named = ", ".join(f"{index} ({task})" for task, index, _ in bad or everywhere)
         raise TrainingError(
             f"step {step}: expected a finite {kind}, got NaN or infinity; examples: {named}. The "
-            "routers and the last checkpoint are as they were before this step"
+            "weights and the last checkpoint are as they were before this step"
         )

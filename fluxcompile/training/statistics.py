@@ -1,4 +1,4 @@
-"""What the logs say of each task: losses, sparsity, multipliers, speed and memory."""
+"""What the logs say of each task: losses and sparsity; and of the run: speed and memory."""
 
 import resource
 import sys
@@ -7,10 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.processes import gathered, summed
-
-_COLUMNS = ("lm_loss", "sparsity", "routed_sparsity")
 
 
 class Statistics:
@@ -18,14 +15,16 @@ class Statistics:
 
     Args:
         tasks: names, in the order of ``task_id``.
+        columns: names of the outputs to average, ``lm_loss`` first.
         device: of the batches.
     """
 
-    def __init__(self, tasks: Sequence[str], device: torch.device) -> None:
+    def __init__(self, tasks: Sequence[str], columns: Sequence[str], device: torch.device) -> None:
         self.tasks = tuple(tasks)
+        self.columns = tuple(columns)
         # Of each task: the columns' sums and the rows; last, the tokens, in the first column.
         self._sums = torch.zeros(
-            len(tasks) + 1, len(_COLUMNS) + 1, dtype=torch.float64, device=device
+            len(tasks) + 1, len(columns) + 1, dtype=torch.float64, device=device
         )
         self._since = time.perf_counter()
 
@@ -33,16 +32,15 @@ class Statistics:
         self, outputs: dict[str, torch.Tensor], task_id: torch.Tensor, mask: torch.Tensor
     ) -> None:
         """Count one batch: a trainee's outputs, int64 ``[B]``, and its mask ``[B, S]``."""
-        columns = [outputs[name].double() for name in _COLUMNS]
+        columns = [outputs[name].double() for name in self.columns]
         rows = torch.stack([*columns, torch.ones_like(columns[0])], dim=1)
         self._sums.index_add_(0, task_id, rows)
         self._sums[-1, 0] += mask.sum()
 
-    def report(self, multipliers: Multipliers, temperature: float) -> dict[str, float]:
+    def report(self) -> dict[str, float]:
         """Means since the last report, over every process; starts the next span.
 
-        ``sparsity/<task>`` is the soft Ω that the constraint sees, ``routed_sparsity/<task>`` the
-        Ω of the routes inference would take. Tasks without a row are left out.
+        Tasks without a row are left out.
         """
         sums = summed(self._sums).cpu()
         values: dict[str, float] = {}
@@ -52,12 +50,9 @@ class Statistics:
         for i_task, task in enumerate(self.tasks):
             if not rows[i_task]:
                 continue
-            for i_column, column in enumerate(_COLUMNS):
+            for i_column, column in enumerate(self.columns):
                 values[f"{column}/{task}"] = float(sums[i_task, i_column] / rows[i_task])
-            values[f"lambda1/{task}"] = multipliers.linear[i_task].item()
-            values[f"lambda2/{task}"] = multipliers.quadratic[i_task].item()
         now = time.perf_counter()
-        values["temperature"] = temperature
         values["tokens_per_second"] = float(sums[-1, 0]) / (now - self._since)
         values["peak_memory_gib"] = max(gathered(_peak_memory(self._sums.device))) / 2**30
         self._sums.zero_()

@@ -17,6 +17,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.training import backbone, checkpoint
 from fluxcompile.training.arguments import RouterTrainingArguments
 from fluxcompile.training.batching import collate
+from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.examples import Example, prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
@@ -72,7 +73,7 @@ def train_router(
         arguments = _arguments(training_arguments, output_dir, scratch)
         router = _router(model, config, router, arguments.seed)
         known = resolve_tasks(tasks)
-        examples = _examples(model, router, data, tokenizer, known, arguments)
+        examples = prepare_examples(model, router.config, data, tokenizer, known, arguments)
         used = {example.task for example in examples}
         present = {name: task for name, task in known.items() if name in used}
         settings = arguments.to_dict()
@@ -115,17 +116,22 @@ def _router(
     return router
 
 
-def _examples(
+def prepare_examples(
     model: nn.Module,
-    router: FluxRouter,
+    config: FluxConfig,
     data: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     tasks: Mapping[str, Task],
-    arguments: RouterTrainingArguments,
+    arguments: CompiledTrainingArguments,
 ) -> list[Example]:
+    """Examples of a length that ``arguments`` allow and ``model`` can take.
+
+    Raises:
+        DataError: data that cannot be trained on.
+    """
     shortest = arguments.min_length
     if shortest is None:
-        shortest = router.config.sink + router.config.local + 1
+        shortest = config.sink + config.local + 1
     return prepare(
         data,
         tokenizer,

@@ -112,7 +112,7 @@ def test_greedy_refuses_what_it_cannot_run():
     model = tiny_model()
     with pytest.raises(ConfigError, match="from 0 to 2"):
         greedy_routes(model, tiny_data(2), sparse_layers=3)
-    with pytest.raises(DataError, match="at least 2177"):
+    with pytest.raises(DataError, match="2177"):
         greedy_routes(model, tiny_data(2), sparse_layers=1)
     model.compile(backend="flux")
     with pytest.raises(TrainingError, match="compile"):
