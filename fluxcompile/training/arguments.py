@@ -29,6 +29,8 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         temperature_end: τ once annealed.
         temperature_anneal: share of the steps over which τ goes linearly from one to the other.
         multiplier_init: first value of every λ1 and λ2.
+        shard_backbone: split the backbone's matrices over the processes of each machine instead
+            of copying it to each: see :mod:`fluxcompile.training.sharding`.
 
     Raises:
         ConfigError: an unknown name, a bad value, or an argument that router training rules out.
@@ -52,6 +54,9 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     )
     multiplier_init: float = field(
         default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
+    )
+    shard_backbone: bool = field(
+        default=False, metadata={"help": "Split the backbone over the processes of a machine."}
     )
 
     AMOUNTS: ClassVar[tuple[str, ...]] = (

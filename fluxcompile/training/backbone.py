@@ -69,15 +69,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module, *, same_everywhere: bool = True) -> Iterator[None]:
     """Check that the block leaves every bit of ``model``'s weights and buffers as it was.
+
+    Args:
+        model: in training.
+        same_everywhere: check that every process has the same ``model`` to begin with, too.
 
     Raises:
         TrainingError: it did not, naming what changed; or the processes' models differ to begin
             with.
     """
     before = fingerprint(model)
-    for other in gathered(before):
+    for other in gathered(before) if same_everywhere else ():
         if differing := changed(before, other):
             raise TrainingError.mismatch(
                 f"weights of {type(model).__name__}",

@@ -23,7 +23,7 @@ _REFUSED = {
     "label_smoothing_factor": "the objective has no label smoothing",
     "auto_find_batch_size": "use a smaller per_device_train_batch_size: batch_size stays",
     "deepspeed": "it would take over optimiser and checkpoints",
-    "fsdp": "every process holds the whole backbone",
+    "fsdp": "to split a frozen backbone over processes use shard_backbone",
 }
 
 

@@ -1,5 +1,6 @@
 """``train_router``: from a model and examples to a trained router (arXiv 2604.07394)."""
 
+import contextlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from fluxcompile.training.examples import Example, prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.record import write_card
+from fluxcompile.training.sharding import sharded
 from fluxcompile.training.tasks import Task, resolve_tasks
 from fluxcompile.training.trainee import Trainee
 from fluxcompile.training.trainer import RouterTrainer
@@ -41,8 +43,8 @@ def train_router(
     """Train layer routers for ``model``, whose own weights stay as they are.
 
     One process or many: under ``torchrun`` or ``accelerate launch`` every process calls this with
-    the same arguments, and the router is the one that a single process would have trained. Each
-    of them holds the whole backbone.
+    the same arguments, and the router is the one that a single process would have trained. With
+    ``shard_backbone`` the processes of a machine split the backbone, which otherwise each holds.
 
     Args:
         model: a causal language model. It is moved to the device that trains, and otherwise left
@@ -77,13 +79,17 @@ def train_router(
         used = {example.task for example in examples}
         present = {name: task for name, task in known.items() if name in used}
         settings = arguments.to_dict()
-        with backbone.attached(model, router), backbone.frozen(model):
-            trainer = _trainer(model, router, examples, present, arguments)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(backbone.frozen(model))
+            ids = examples[0].input_ids[None].to(next(model.parameters()).device)
+            language_model = LanguageModel.of(model).checked(model, ids)
+            if arguments.shard_backbone:
+                stack.enter_context(sharded(model, language_model.body, arguments.device))
+            stack.enter_context(backbone.attached(model, router))  # to the weights that will run
+            trainer = _trainer(model, language_model, router, examples, present, arguments)
             resume = checkpoint.resolve(arguments.resume_from_checkpoint, arguments.output_dir)
-            with (
-                backbone.unchanged(model),
-                backbone.compiler_settings(arguments.activation_memory_budget),
-            ):
+            stack.enter_context(backbone.compiler_settings(arguments.activation_memory_budget))
+            with backbone.unchanged(model, same_everywhere=not arguments.shard_backbone):
                 trainer.train(resume_from_checkpoint=resume)
         router.cpu().eval().requires_grad_(True)
         if output_dir is not None and trainer.args.should_save:
@@ -144,14 +150,12 @@ def prepare_examples(
 
 def _trainer(
     model: nn.Module,
+    language_model: LanguageModel,
     router: FluxRouter,
     examples: list[Example],
     tasks: Mapping[str, Task],
     arguments: RouterTrainingArguments,
 ) -> RouterTrainer:
-    ids = examples[0].input_ids[None]
-    device = next(model.parameters()).device
-    language_model = LanguageModel.of(model).checked(model, ids.to(device))
     trainee = Trainee(
         model,
         router.train().requires_grad_(True),

@@ -46,6 +46,7 @@ def one(tmp_path_factory) -> tuple[FluxRouter, Path]:
 
 RUNS = {
     "replicated": {},
+    "sharded": {"shard_backbone": True},
     "resumed": {"resume_from_checkpoint": "replicated/checkpoint-3"},
 }
 
