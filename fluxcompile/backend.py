@@ -87,7 +87,10 @@ def compile_graph(
             run = functools.partial(TrainingGraph, io=training)
     elif torch.is_grad_enabled() and any(_requires_grad(x) for x in inputs):
         for site in result.sites:
-            site.skip = Skip(SkipReason.GRADIENTS, "compile under torch.no_grad() to route")
+            site.skip = Skip(
+                SkipReason.GRADIENTS,
+                'compile under torch.no_grad() to route, with options={"mode": "train"} to train',
+            )
             site.became = "left alone"
     else:
         plan = planner.plan(result.sites)

@@ -43,7 +43,7 @@ class Planner:
                     f'mode "train": expected FluxConfig.{name} to be one of {list(known)}, which '
                     f"have a backward, got {value!r}"
                 )
-        if self.routes not in ("router", None):
+        if self.routes != "router":
             return Training.LOCKED
         trained = sum(isinstance(x, nn.Parameter) and x.requires_grad for x in example_inputs)
         if trained and torch.is_grad_enabled():

@@ -4,6 +4,13 @@ Flux Attention (arXiv 2604.07394) trains its routers through a mixture: layer ``
 computes ``r * full + (1 - r) * sparse``, ``r = softmax((logits + noise) / temperature)[full]``.
 A model compiled with ``options={"mode": "train"}`` computes that; ``soft_routes`` says with which
 temperature and noise, and holds the shares ``r`` for the loss.
+
+What such a compile asks for: a frozen model on the router's device, whole prompts without a cache
+(``use_cache=False``), and no gradient checkpointing of the model's own, whose regions hide the
+attentions from the compiler (RewriteError). To save memory set
+``torch._functorch.config.activation_memory_budget`` below 1 before compiling: AOTAutograd's
+partitioner then recomputes in the backward, our operators included. Add what the shares cost to the
+loss and run one backward: compiled graphs free what they saved.
 """
 
 from __future__ import annotations

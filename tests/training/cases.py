@@ -29,7 +29,7 @@ def trainable(
     kind: str = "llama", dtype: torch.dtype = torch.float64, overrides: dict | None = None, **config
 ) -> Case:
     """A frozen model in ``dtype`` and an attached router, not yet compiled."""
-    model = tiny_model(kind, head_dim=16, **(overrides or {})).to(dtype)
+    model = tiny_model(kind, **({"head_dim": 16} | (overrides or {}))).to(dtype)
     router = soft_router(model, **config)
     fluxcompile.attach(model, router)
     return Case(model, router)
@@ -85,8 +85,8 @@ def next_token_loss(logits: torch.Tensor, prompt: Prompt) -> torch.Tensor:
 
 def objective(loss: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """The loss, and a term in which every share has a weight of its own."""
-    weights = torch.linspace(0.2, 1.0, shares.numel()).reshape(shares.shape)
-    return loss + (weights * shares).sum() * 0.05
+    weights = torch.linspace(0.2, 1.0, shares.numel(), device=shares.device)
+    return loss + (weights.reshape(shares.shape) * shares).sum() * 0.05
 
 
 def compiled_step(case: Case, prompt: Prompt, noise: torch.Tensor | None) -> Step:

@@ -111,7 +111,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    mixture, valid = _active[-1], attention_mask
+    mixture, valid = _active[-1], attention_mask.to(query.device)
     config, layer = mixture.router.config, module.layer_idx
     batch, _heads, length, head_dim = query.shape
     # Padding, too: keys that are no tokens have no influence whatever they hold.
