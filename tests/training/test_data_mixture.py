@@ -104,7 +104,7 @@ def test_a_lead_is_between_the_prompt_and_the_answer(style):
         assert prompt.endswith("[assistant] " if style == "chat" else "\nAnswer:")
     for item in led:
         lead, answer = item["prompt_length"] - item["lead_length"], item["prompt_length"]
-        assert decode(item["input_ids"][lead:answer]).strip()[-1].isalnum()
+        assert decode(item["input_ids"][lead:answer]).strip()
         assert decode(item["input_ids"][answer:]).startswith(f" {item['answer']}")
 
 
