@@ -103,7 +103,7 @@ def prepare(
 def _rows(data) -> Iterator:
     if isinstance(data, Mapping):
         raise DataError.mismatch(
-            "data", "rows (of a DatasetDict: one split)", f"a mapping with keys {sorted(data)}"
+            "data", "rows (of a DatasetDict: one split)", f"a mapping with keys {list(data)}"
         )
     if isinstance(data, str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise DataError.mismatch("data", "an iterable of mappings", type(data).__name__)

@@ -104,8 +104,14 @@ def test_a_lead_is_between_the_prompt_and_the_answer(style):
         assert prompt.endswith("[assistant] " if style == "chat" else "\nAnswer:")
     for item in led:
         lead, answer = item["prompt_length"] - item["lead_length"], item["prompt_length"]
-        assert decode(item["input_ids"][lead:answer]).strip()[-1].isalnum()
+        assert decode(item["input_ids"][lead:answer]).strip()
         assert decode(item["input_ids"][answer:]).startswith(f" {item['answer']}")
+
+
+@pytest.mark.parametrize("lead", [0.0, 1.0])
+def test_all_answers_are_led_up_to_or_none(lead):
+    made = mixture(6, tasks=("needle", "two_hop"), question="both", lead=lead)
+    assert {item["lead_length"] > 0 for item in made} == {lead == 1}
 
 
 @pytest.mark.parametrize("question", ["first", "last", "both"])
@@ -188,6 +194,7 @@ def test_the_mixture_as_a_hugging_face_dataset():
         ({"question": "middle"}, "question: expected one of"),
         ({"style": "poem"}, "style: expected one of"),
         ({"loss": "none"}, "loss: expected one of"),
+        ({"lead": 2}, "lead: expected a share"),
         ({"tasks": ("needle", "haystack")}, "tasks: expected one of .*got 'haystack'"),
         ({"tasks": ()}, "tasks: expected some of"),
         ({"length": 0}, "length: expected"),

@@ -32,6 +32,7 @@ def builtin_mixture(
     question: str = "mixed",
     style: str = "mixed",
     loss: str = "half",
+    lead: float = 0.5,
 ) -> list[dict]:
     """Task-balanced examples, each of exactly ``length`` tokens, ready for ``prepare``.
 
@@ -54,6 +55,10 @@ def builtin_mixture(
             where the tokenizer has no chat template.
         loss: which tokens of ``code`` and ``prose`` bear loss: the second ``"half"`` or ``"all"``.
             Retrieval answers and their end are all that bears loss in retrieval forms.
+        lead: share of the retrieval answers that the prompt leads up to ("The access code of the
+            Oslo office is"), where the question does not stand first alone. Small models that
+            find a fact well say it in a sentence of their own: with ``lead=1`` and
+            ``question="last"`` the first token after the prompt is the answer's.
 
     Returns:
         One dict an example: ``input_ids`` and ``labels`` (lists of int; -100: no loss), ``task``
@@ -69,6 +74,8 @@ def builtin_mixture(
     _check("split", split, SPLITS)
     _check("question", question, (*QUESTIONS, "mixed"))
     _check("loss", loss, LOSSES)
+    if not 0 <= lead <= 1:
+        raise DataError.mismatch("lead", "a share in [0, 1]", lead)
     lengths = list(length) if isinstance(length, Sequence) else [length]
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
         raise DataError.mismatch("length", "one or several ints > 0", repr(length))
@@ -94,6 +101,7 @@ def builtin_mixture(
             frame=rng.choice(frames),
             question=rng.choice(questions),
             loss=loss,
+            lead=lead,
         )
         mixture.append({"task": task, **FORMS[task][form](recipe)})
     return mixture

@@ -53,16 +53,8 @@ WORDINGS = Wordings(
         ),
     ),
     records=(
-        Fact(
-            "{key} => {value}",
-            "What does {key} map onto?",
-            "{key} maps onto",
-        ),
-        Fact(
-            '<entry name="{key}">{value}</entry>',
-            "What is inside the entry named {key}?",
-            "Inside the entry named {key} is",
-        ),
+        Fact("{key} => {value}", "What does {key} map onto?", "{key} =>"),
+        Fact("entry {key} holds {value};", "What does the entry {key} hold?", "entry {key} holds"),
     ),
     chains=(
         Chain(

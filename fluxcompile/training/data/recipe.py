@@ -25,6 +25,7 @@ class Recipe:
         frame: chat or plain.
         question: where the question or instruction stands: ``"last"``, ``"first"`` or ``"both"``.
         loss: of modelling forms: ``"half"`` (the second half bears the loss) or ``"all"``.
+        lead: of retrieval forms: how likely an answer is led up to.
     """
 
     form: str
@@ -35,6 +36,7 @@ class Recipe:
     frame: Frame
     question: str
     loss: str
+    lead: float
 
     def ids(self, text: str) -> list[int]:
         return self.corpus.tokenise(text) if text else []

@@ -10,7 +10,6 @@ from fluxcompile.training.data.recipe import Recipe
 from fluxcompile.training.data.wordings import Chain, Fact
 
 RECORDS = (4, 16)  # lines of a table
-LEAD_SHARE = 0.5  # of the answers, where the question stands last: begin with a lead
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
     """Put document, question and answer together, at exactly the recipe's length."""
     rng, wordings, frame = recipe.rng, recipe.wordings, recipe.frame
     # Where the question stands first alone, a lead would ask it again at the end.
-    led = bool(asked.lead) and recipe.question != "first" and rng.random() < LEAD_SHARE
+    led = bool(asked.lead) and recipe.question != "first" and rng.random() < recipe.lead
     before, after = map(recipe.ids, _question(recipe, asked.question, brief=not led))
     turn = list(frame.turn)
     if frame.style == "plain":

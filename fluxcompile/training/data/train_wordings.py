@@ -83,27 +83,12 @@ WORDINGS = Wordings(
             "With what do the safes open? Name all, in the order of the text.",
         ),
     ),
+    # A lead that repeats the line up to its value is how a small model looks a value up.
     records=(
-        Fact(
-            '"{key}": "{value}",',
-            'What is the value of the key "{key}"?',
-            'The value of the key "{key}" is',
-        ),
-        Fact(
-            "{key} = {value}",
-            "To what is {key} set?",
-            "{key} is set to",
-        ),
-        Fact(
-            "{key}: {value}",
-            "Which value is listed for {key}?",
-            "The value listed for {key} is",
-        ),
-        Fact(
-            "| {key} | {value} |",
-            "What does the table say in the row {key}?",
-            "The row {key} says",
-        ),
+        Fact('"{key}": {value},', 'What is the value of the key "{key}"?', '"{key}":'),
+        Fact("{key} = {value}", "To what is {key} set?", "{key} ="),
+        Fact("{key}: {value}", "Which value is listed for {key}?", "{key}:"),
+        Fact("| {key} | {value} |", "What does the table say in the row {key}?", "| {key} |"),
     ),
     chains=(
         Chain(
