@@ -10,8 +10,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from fluxcompile import router_io
@@ -64,6 +66,18 @@ def load_state(
     router_io.check_finite(state, str(file))
     router.load_state_dict(saved.state_dict())
     multipliers.load_state_dict(state)
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """Read a state dict that ``torch.save`` wrote, to the CPU.
+
+    Raises:
+        TrainingError: the file is missing or damaged.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds
+        raise TrainingError.mismatch(str(file), "a state that torch.save wrote", error) from error
 
 
 def resolve(resume: str | bool | None, output_dir: str) -> str | None:

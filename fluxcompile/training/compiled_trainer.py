@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fluxcompile.training import checkpoint
@@ -129,3 +130,12 @@ class CompiledTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         self.load_state(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, directory: str | None) -> None:
+        # The stock one of transformers 5.17 cannot do it on a CPU with several processes.
+        if directory is not None:
+            for what, file in (
+                (self.optimizer, OPTIMIZER_NAME),
+                (self.lr_scheduler, SCHEDULER_NAME),
+            ):
+                what.load_state_dict(checkpoint.read_state(Path(directory, file)))
