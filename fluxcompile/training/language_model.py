@@ -42,7 +42,7 @@ class LanguageModel:
         return cls(decoder, _Head(embedding, text_config(model)))
 
     def losses(
-        self, run: Callable[..., Any], input_ids: torch.Tensor, mask: torch.Tensor,
+        self, run: Callable[..., Any], input_ids: torch.Tensor, mask: torch.Tensor | None,
         targets: Targets, chunk: int,
     ) -> torch.Tensor:  # fmt: skip
         """Cross entropy of each target, fp32 ``[N]``.
@@ -50,10 +50,12 @@ class LanguageModel:
         Args:
             run: ``body``, or what ``torch.compile`` made of it.
             input_ids: int64 ``[B, S]``.
-            mask: ``[B, S]``, 1 for valid tokens.
+            mask: ``[B, S]``, 1 for valid tokens; None for all valid, which is cheaper. Of a single
+                row all are: nothing has padded it.
             targets: from the labels of the batch.
             chunk: targets whose logits exist at one time.
         """
+        mask = None if len(input_ids) == 1 else mask
         output = run(input_ids, attention_mask=mask, use_cache=False)
         states = output.logits if self.head is None else output.last_hidden_state
         picked = states[targets.rows, targets.positions]
