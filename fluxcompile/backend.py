@@ -30,6 +30,9 @@ from fluxcompile.training_graph import (
     refuse_untrained,
 )
 
+#: puts the lowered graph behind what passes its additional inputs and takes its additional outputs
+_Runtime = Callable[[Callable[..., Any]], Callable[..., Any]]
+
 log = logging.getLogger(__name__)
 
 _stats: dict[str, Any] = {}
@@ -76,31 +79,12 @@ def compile_graph(
     gm = copy_graph(gm)
     result = analyse(gm, example_inputs, planner.layer_of, planner.layer_names)
     inputs = list(example_inputs)
-    run: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
     if planner.training is not None:
-        rewrite(result, planner.plan(result.sites))
-        if reports is None:
-            refuse_untrained(result)
-        if (prepared := prepare_training(result, planner)) is not None:
-            training, examples = prepared
-            inputs += examples
-            run = functools.partial(TrainingGraph, io=training)
+        run = _train(result, planner, inputs, refuse=reports is None)
     elif torch.is_grad_enabled() and any(_requires_grad(x) for x in inputs):
-        for site in result.sites:
-            site.skip = Skip(
-                SkipReason.GRADIENTS,
-                'compile under torch.no_grad() to route, with options={"mode": "train"} to train',
-            )
-            site.became = "left alone"
+        run = _leave_alone(result)
     else:
-        plan = planner.plan(result.sites)
-        rewrite(result, plan)
-        io = route_io(result, plan, planner, inputs)
-        if io.takes_routes:
-            query = value_of(result.routes.columns[0].q)
-            inputs.append(routes_example(query.shape[0], len(io.layers), query.device))
-        if not io.is_idle:
-            run = functools.partial(CompiledGraph, io=io)
+        run = _infer(result, planner, inputs)
     _remember(result)
     if reports is not None:  # the report says it all: no warning, and none used up
         reports.append(GraphReport.of(result, planner))
@@ -112,6 +96,40 @@ def compile_graph(
 def last_compile_stats() -> dict[str, Any]:
     """Of the last graph compiled: ``passes_seconds``, ``sites``, and ``seconds`` by pass."""
     return dict(_stats)
+
+
+def _train(result: Rewrite, planner: Planner, inputs: list[Any], refuse: bool) -> _Runtime:
+    """Rewrite for training; adds what the graph then takes to ``inputs``."""
+    rewrite(result, planner.plan(result.sites))
+    if refuse:
+        refuse_untrained(result)
+    prepared = prepare_training(result, planner)
+    if prepared is None:
+        return _as_it_is
+    io, examples = prepared
+    inputs += examples
+    return functools.partial(TrainingGraph, io=io)
+
+
+def _infer(result: Rewrite, planner: Planner, inputs: list[Any]) -> _Runtime:
+    """Rewrite for inference; adds what the graph then takes to ``inputs``."""
+    plan = planner.plan(result.sites)
+    rewrite(result, plan)
+    io = route_io(result, plan, planner, inputs)
+    if io.takes_routes:
+        query = value_of(result.routes.columns[0].q)
+        inputs.append(routes_example(query.shape[0], len(io.layers), query.device))
+    return _as_it_is if io.is_idle else functools.partial(CompiledGraph, io=io)
+
+
+def _leave_alone(result: Rewrite) -> _Runtime:
+    for site in result.sites:
+        site.skip = Skip(
+            SkipReason.GRADIENTS,
+            'compile under torch.no_grad() to route, with options={"mode": "train"} to train',
+        )
+        site.became = "left alone"
+    return _as_it_is
 
 
 def _as_it_is(compiled: Callable[..., Any]) -> Callable[..., Any]:
