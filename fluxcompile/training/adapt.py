@@ -16,6 +16,7 @@ from fluxcompile.training.adaptation import AdaptationTrainer, Adapted
 from fluxcompile.training.batching import collate
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.processes import barrier
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.train import prepare_examples
 
@@ -98,6 +99,7 @@ def adapt_backbone(
                 trainer.train(resume_from_checkpoint=resume)
         if output_dir is not None and trainer.args.should_save:
             trained.save_pretrained(output_dir)
+        barrier()  # whoever returns finds the model in place
     return trained
 
 

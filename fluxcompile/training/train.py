@@ -22,6 +22,7 @@ from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.examples import Example, prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
+from fluxcompile.training.processes import barrier
 from fluxcompile.training.record import write_card
 from fluxcompile.training.sharding import sharded
 from fluxcompile.training.tasks import Task, resolve_tasks
@@ -94,6 +95,7 @@ def train_router(
         router.cpu().eval().requires_grad_(True)
         if output_dir is not None and trainer.args.should_save:
             write_card(router, Path(output_dir), present, settings, trainer.state, len(examples))
+        barrier()  # whoever returns finds the router in place
     return router
 
 

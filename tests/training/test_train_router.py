@@ -230,3 +230,13 @@ def test_models_that_cannot_be_trained_are_refused():
         nowhere = tiny_model()
     with pytest.raises(TrainingError, match="meta"):
         train_router(nowhere, tiny_data(), **QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("budget", [None, 0.3])
+def test_inductor_trains_the_same_router(budget):
+    quick = QUICK | {"max_steps": 2}
+    expected = train_router(tiny_model(), tiny_data(), **quick)
+    settings = quick | {"lowering": "inductor", "activation_memory_budget": budget}
+    assert largest_difference(train_router(tiny_model(), tiny_data(), **settings), expected) < 1e-6
