@@ -52,7 +52,7 @@ def adapt_backbone(
             rate, schedule and optimiser are transformers' own.
 
     Returns:
-        ``model``, or the ``PeftModel`` around it, on the device that trained.
+        ``model``, or the ``PeftModel`` around it, in eval mode on the device that trained.
 
     Raises:
         ConfigError: an unknown or impossible argument, or ``peft`` is not installed.
@@ -100,7 +100,7 @@ def adapt_backbone(
         if output_dir is not None and trainer.args.should_save:
             trained.save_pretrained(output_dir)
         barrier()  # whoever returns finds the model in place
-    return trained
+    return trained.eval()
 
 
 def _arguments(

@@ -22,6 +22,7 @@ _REFUSED = {
     "num_train_epochs": "use max_steps",
     "label_smoothing_factor": "the objective has no label smoothing",
     "auto_find_batch_size": "use a smaller per_device_train_batch_size: batch_size stays",
+    "fp16": "its loss scaling makes infinite gradients on purpose; use bf16, or a model in bf16",
     "deepspeed": "it would take over optimiser and checkpoints",
     "fsdp": "to split a frozen backbone over processes use shard_backbone",
 }

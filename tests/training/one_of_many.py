@@ -1,8 +1,9 @@
 """Training runs as one of several processes: started by test_processes.py, by path.
 
 Arguments: rank, number of processes, port, and the runs as JSON: a list of objects with
-``directory``, ``arguments`` and perhaps ``poisoned``, the example whose loss is NaN. What a run
-raised is left in its directory, in ``error-RANK.txt``.
+``directory``, ``arguments`` and perhaps ``poisoned``, the example whose loss is NaN, or ``adapt``,
+to fine-tune the backbone instead. What a run raised is left in its directory, in
+``error-RANK.txt``.
 """
 
 import json
@@ -36,12 +37,12 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def train(directory: str, arguments: dict, poisoned: int | None = None) -> str:
+def train(directory: str, arguments: dict, poisoned: int | None = None, adapt: bool = False) -> str:
     """One run; returns its error, or nothing."""
     import torch
 
-    from fluxcompile import train_router
-    from tests.training.tiny import QUICK, tiny_data, tiny_model
+    from fluxcompile import FluxRouter, adapt_backbone, train_router
+    from tests.training.tiny import CONFIG, QUICK, tiny_data, tiny_model
 
     data, model = tiny_data(), tiny_model()
     if poisoned is not None:
@@ -52,7 +53,12 @@ def train(directory: str, arguments: dict, poisoned: int | None = None) -> str:
         data[poisoned]["input_ids"][-1] = POISON
     try:
         settings = QUICK | {"ddp_backend": "gloo"} | arguments
-        train_router(model, data, output_dir=directory, **settings)
+        if adapt:
+            del settings["config"]
+            router = FluxRouter.from_model(model, CONFIG)
+            adapt_backbone(model, router, data, output_dir=directory, **settings)
+        else:
+            train_router(model, data, output_dir=directory, **settings)
     except Exception as error:
         import traceback
 

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from fluxcompile import FluxRouter
-from fluxcompile.training import train_router
-from tests.training.tiny import QUICK, largest_difference, tiny_data, tiny_model
+from fluxcompile.training import adapt_backbone, train_router
+from tests.training.tiny import CONFIG, QUICK, largest_difference, tiny_data, tiny_model
 
 SCRIPT = Path(__file__).with_name("one_of_many.py")
 SETTINGS = {"batch_size": 4, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 3}
+
+ADAPT = SETTINGS | {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
 
 
 def run_two(runs: list[dict]) -> list[str]:
@@ -55,7 +58,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A directory for each run, and one for a run that meets NaN."""
+    """A directory for each run, for one that meets NaN, and for one that adapts the backbone."""
     root = tmp_path_factory.mktemp("two")
     runs = []
     for name, changes in RUNS.items():
@@ -64,6 +67,7 @@ def two(tmp_path_factory) -> tuple[Path, list[str]]:
             arguments["resume_from_checkpoint"] = str(root / changes["resume_from_checkpoint"])
         runs.append({"directory": str(root / name), "arguments": arguments})
     runs.append({"directory": str(root / "poisoned"), "arguments": SETTINGS, "poisoned": 7})
+    runs.append({"directory": str(root / "adapted"), "arguments": ADAPT, "adapt": True})
     for run in runs:
         Path(run["directory"]).mkdir()
     return root, run_two(runs)
@@ -94,3 +98,15 @@ def test_nan_in_one_process_stops_both(two):
     root, output = two
     for rank in range(2):
         assert "examples: 7 (holistic)" in error_of(root / "poisoned", rank), output
+
+
+def test_two_processes_adapt_the_backbone_as_one_does(two):
+    root, output = two
+    assert [error_of(root / "adapted", rank) for rank in range(2)] == ["", ""], output
+    model = tiny_model()
+    router = FluxRouter.from_model(model, CONFIG)
+    settings = {key: value for key, value in (QUICK | ADAPT).items() if key != "config"}
+    adapt_backbone(model, router, tiny_data(), **settings)
+    theirs = LlamaForCausalLM.from_pretrained(root / "adapted")
+    assert largest_difference(tiny_model(), model) > 0
+    assert largest_difference(theirs, model) < 1e-6

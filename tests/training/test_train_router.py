@@ -188,6 +188,8 @@ def test_training_goes_on_from_a_router_and_keeps_what_was_attached():
         ({"lowering": "nvcc"}, ConfigError, "lowering"),
         ({"temperature_anneal": 2}, ConfigError, "temperature_anneal"),
         ({"activation_memory_budget": 0}, ConfigError, "activation_memory_budget"),
+        ({"fp16": True}, ConfigError, "bf16"),
+        ({"fsdp": True}, ConfigError, "shard_backbone"),
         ({"gradient_checkpointing": True}, ConfigError, "activation_memory_budget"),
         ({"gradient_accumulation_steps": 4}, ConfigError, "follows from batch_size"),
         ({"learning_rate": math.nan}, ConfigError, "learning_rate"),
