@@ -6,8 +6,9 @@
 
 Random operands of Llama-3.1-8B's attention (32 query heads, 8 key-value heads), queries as a
 projection leaves them (tokens first), keys and values as a cache holds them. A prefill is the
-median of its calls; a decode step is a share of a replayed CUDA graph that goes round several
-caches, so that none is read from the L2 cache. Floors: useful arithmetic over the rate of a large
+median of its calls, or a share of a replayed CUDA graph where Python may take longer to launch it
+(under 2 ms; not a backward pass); a decode step is a share of a replayed graph that goes round
+several caches, so that none is read from the L2 cache. Floors: useful arithmetic over the rate of a large
 matrix product, or the bytes that must be read over the rate of a large copy.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from peers import SDPA, flex_causal, flex_streaming, masked_sdpa, sdpa
 
-from common import replayed_seconds, synchronise, typical_seconds
+from common import device_seconds, replayed_seconds, synchronise, typical_seconds
 from fluxcompile import FluxConfig
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.decode.bounds import decode_bounds
@@ -147,8 +147,8 @@ def dense(s: Setting) -> list[Measurement]:
     flex = flex_causal(s.length, s.device)
     peers["Flex"] = lambda: flex(q, k, v)
     error = checked("dense", ours(), peers["cuDNN"]().transpose(1, 2))
-    seconds = typical_seconds(ours, s.device)
-    times = {name: typical_seconds(peer, s.device) for name, peer in peers.items()}
+    seconds = device_seconds(ours, s.device)
+    times = {name: device_seconds(peer, s.device) for name, peer in peers.items()}
     return [
         Measurement(
             "dense rows", seconds, s.arithmetic_floor(pairs_full(s.length)), times, error,
@@ -164,8 +164,8 @@ def streaming(s: Setting) -> list[Measurement]:
     ours = _ours_streaming(s, q, k, v)
     flex = flex_streaming(s.length, s.sink, s.local, s.device)
     error = checked("streaming", ours(), flex(q, k, v).transpose(1, 2))
-    seconds = typical_seconds(ours, s.device)
-    times = {"Flex": typical_seconds(lambda: flex(q, k, v), s.device)}
+    seconds = device_seconds(ours, s.device)
+    times = {"Flex": device_seconds(lambda: flex(q, k, v), s.device)}
     pairs = pairs_streaming(s.length, s.sink, s.local)
     return [
         Measurement(
@@ -190,7 +190,7 @@ def triangle(s: Setting) -> list[Measurement]:
     error = checked("triangle, last queries", result[:, -last:], full_rows)
     plain = _ours_streaming(s, q, k, v)
     checked("triangle, other queries", result[:, :-last], plain()[:, :-last])
-    seconds, base = (typical_seconds(f, s.device) for f in (ours, plain))
+    seconds, base = (device_seconds(f, s.device) for f in (ours, plain))
     pairs = pairs_streaming(s.length - last, s.sink, s.local)
     pairs += pairs_full(s.length) - pairs_full(s.length - last)
     return [
@@ -217,7 +217,7 @@ def sdpa_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, last: int) -> t
 def block_sparse(s: Setting) -> list[Measurement]:
     """Random blocks of several densities, beside our dense kernel."""
     q, k, v = s.operands()
-    base = typical_seconds(_ours_dense(s, q, k, v), s.device)
+    base = device_seconds(_ours_dense(s, q, k, v), s.device)
     blocks = -(-s.length // CONFIG.block)
     causal = torch.ones(blocks, blocks, dtype=torch.bool, device=s.device).tril()
     rows = []
@@ -230,7 +230,7 @@ def block_sparse(s: Setting) -> list[Measurement]:
             return ops.block_sparse_attention(q, k, v, mask, block=CONFIG.block, scale=s.scale)
 
         error = checked("block-sparse", ours()[:, -CONFIG.block :], last_block(s, q, k, v, mask))
-        seconds = typical_seconds(ours, s.device)
+        seconds = device_seconds(ours, s.device)
         rows.append(
             Measurement(
                 f"block-sparse, density {density:.3f}", seconds,
@@ -268,8 +268,8 @@ def xattention(s: Setting) -> list[Measurement]:
     causal = torch.ones(blocks, blocks, dtype=torch.bool, device=s.device).tril()
     if (chosen & ~causal).any() or not chosen.diagonal(dim1=-2, dim2=-1).all():
         raise WrongResult("xattention: chosen blocks are not causal, or miss the diagonal")
-    seconds = typical_seconds(ours, s.device)
-    dense_seconds = typical_seconds(lambda: sdpa("cuDNN", q, k, v), s.device)
+    seconds = device_seconds(ours, s.device)
+    dense_seconds = device_seconds(lambda: sdpa("cuDNN", q, k, v), s.device)
     # Each stride x stride tile of (query, key) pairs costs the products of its antidiagonal.
     floor = s.arithmetic_floor(pairs_full(s.length) / CONFIG.stride, products=1)
     return [

@@ -127,7 +127,7 @@ def test_a_wrong_kernel_is_not_timed(measured, monkeypatch):
         1, 300, 4, 2, 64, 16, 64, "cpu", torch.float32, flops=1e12, bytes=1e12
     )
     monkeypatch.setattr(measured, "_ours_dense", measured._ours_streaming)
-    monkeypatch.setattr(measured, "typical_seconds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measured, "device_seconds", lambda *_: pytest.fail("timed"))
     with pytest.raises(measured.WrongResult, match="dense"):
         measured.dense(setting)
 

@@ -20,7 +20,7 @@ from fluxcompile.kernels.streaming.hopper import (
     descriptors,
     serve,
 )
-from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row
+from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row, keep_above, keep_up_to
 
 #: tokens a block that the kernel serves: its tile of queries and its step of keys
 BLOCK = BLOCK_M
@@ -138,13 +138,11 @@ class Problem:
     @gluon.jit
     def mask(self, b_scores, tile, i, i_key, o_position):
         """-inf where a query does not see a key of a partial block, which begins at ``i_key``."""
-        at = self.keys.load_at(tile.row, i_key, self.BLOCK_N)
-        o_key = at + gl.arange(0, self.BLOCK_N, gl.SliceLayout(0, b_scores.type.layout))
-        m_key = (o_key < tile.key_end) & (o_key >= i_key)
-        m_seen = (o_key[None, :] <= o_position[:, None]) & m_key[None, :]
+        o_key = self.keys.block(tile.row, i_key, self.BLOCK_N, b_scores)
         if self.HAS_WINDOW:
-            m_seen = m_seen & (o_key[None, :] > o_position[:, None] - self.window)
-        return gl.where(m_seen, b_scores, float("-inf"))
+            if i_key <= tile.low + self.BLOCK_M - 1 - self.window:
+                b_scores = keep_above(b_scores, o_key, o_position - self.window)
+        return keep_up_to(b_scores, o_key, gl.minimum(o_position, tile.key_end - 1))
 
 
 @gluon.jit(

@@ -143,11 +143,17 @@ def _scores(problem, channels, b_q, n_read, b_zero):
 
 @gluon.jit
 def _values(problem, channels, b_weights, n_read, b_out):
-    """Start ``out += weights @ v`` of the key block before the next."""
+    """Start ``out += weights @ v`` of the key block before the next, and give what it reads.
+
+    Weights arrive in fp32: 16-bit ones, kept from one step to the next, would lie two to a register
+    in an order that the tensor cores do not take.
+    """
     i_stage = n_read % problem.STAGES
+    operand: gl.constexpr = gl.DotOperandLayout(0, b_out.type.layout, 2)
+    b_weights = gl.convert_layout(b_weights.to(channels.v.dtype), operand)
     mbarrier.wait(channels.v_ready.index(i_stage), (n_read // problem.STAGES) & 1)
     b_v = channels.v.index(i_stage).reshape([problem.BLOCK_N, problem.BLOCK_D])
-    return warpgroup_mma(b_weights, b_v, b_out, is_async=True)
+    return warpgroup_mma(b_weights, b_v, b_out, is_async=True), b_weights
 
 
 @gluon.jit
@@ -165,21 +171,19 @@ def _step(
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """Scores of block ``i`` and values of block ``i - 1``, the softmax of ``i`` in between."""
-    DTYPE: gl.constexpr = channels.k.dtype
     i_key = problem.key(tile, i)
     scores = _scores(problem, channels, b_q, n_read, b_zero)
-    values = _values(problem, channels, b_weights, n_read - 1, b_out)
+    values, b_read = _values(problem, channels, b_weights, n_read - 1, b_out)
     b_scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
     if MASKED:
         b_scores = problem.mask(b_scores, tile, i, i_key, o_position)
-    b_new, b_decay, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
-    b_new = gl.convert_layout(b_new.to(DTYPE), b_weights.type.layout)
-    b_out, b_weights = warpgroup_mma_wait(0, deps=[values, b_weights])
+    b_weights, b_decay, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
+    b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
     mbarrier.arrive(channels.v_free.index((n_read - 1) % problem.STAGES), count=1)
     rows: gl.constexpr = gl.SliceLayout(1, b_out.type.layout)
     b_out = b_out * gl.convert_layout(b_decay, rows)[:, None]
-    return b_new, b_max, b_sum, b_out
+    return b_weights, b_max, b_sum, b_out
 
 
 @gluon.jit
@@ -191,7 +195,6 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
     DTYPE: gl.constexpr = channels.k.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     b_zero = gl.full([HALF, N], 0.0, gl.float32, scores_layout)
@@ -214,8 +217,7 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
             b_scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
             b_scores = problem.mask(b_scores, tile, 0, i_key, o_position)
-            b_new, _, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
-            b_weights = gl.convert_layout(b_new.to(DTYPE), weights_layout)
+            b_weights, _, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
             n_read += 1
             for i in range(1, tile.n_masked):
                 b_weights, b_max, b_sum, b_out = _step(
@@ -229,9 +231,9 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
                     b_out, o_position, False,
                 )  # fmt: skip
                 n_read += 1
-            values = _values(problem, channels, b_weights, n_read - 1, b_out)
+            values, b_read = _values(problem, channels, b_weights, n_read - 1, b_out)
             mbarrier.arrive(channels.q_free, count=1)
-            b_out = warpgroup_mma_wait(0, deps=[values])
+            b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
             mbarrier.arrive(channels.v_free.index((n_read - 1) % problem.STAGES), count=1)
         else:
             mbarrier.arrive(channels.q_free, count=1)

@@ -12,6 +12,19 @@ from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
 _UNLIMITED = gl.constexpr(1 << 30)  # the local span of a dense row, in tokens
+_BEYOND = gl.constexpr((1 << 31) - 1)  # no key index reaches it
+
+
+@gluon.jit
+def keep_up_to(b_scores, o_key, o_high):
+    """Scores of keys ``o_key`` ``[N]`` up to each query's ``o_high`` ``[M]``, the others -inf."""
+    return gl.where(o_key[None, :] <= o_high[:, None], b_scores, float("-inf"))
+
+
+@gluon.jit
+def keep_above(b_scores, o_key, o_low):
+    """Scores of keys ``o_key`` ``[N]`` above each query's ``o_low`` ``[M]``, the others -inf."""
+    return gl.where(o_key[None, :] > o_low[:, None], b_scores, float("-inf"))
 
 
 @aggregate
@@ -68,6 +81,18 @@ class Keys:
         if self.HAS_BOUNDS:
             at = min(i_key, row.end - BLOCK_N)
         return at
+
+    @gluon.jit
+    def block(self, row, i_key, BLOCK_N: gl.constexpr, b_scores):
+        """Indices of the keys that are loaded as the block of ``i_key``, one a column of scores.
+
+        Keys before ``i_key`` are repeated: their index is beyond all others.
+        """
+        columns: gl.constexpr = gl.SliceLayout(0, b_scores.type.layout)
+        o_key = self.load_at(row, i_key, BLOCK_N) + gl.arange(0, BLOCK_N, columns)
+        if self.HAS_BOUNDS:
+            o_key = gl.where(o_key < i_key, _BEYOND, o_key)
+        return o_key
 
 
 @aggregate
@@ -241,27 +266,35 @@ class Problem:
 
     @gluon.jit
     def mask(self, b_scores, tile, i, i_key, o_position):
-        """-inf where a query does not see a key of masked block ``i``, beginning at ``i_key``."""
-        at = self.keys.load_at(tile.row, i_key, self.BLOCK_N)
-        o_key = at + gl.arange(0, self.BLOCK_N, gl.SliceLayout(0, b_scores.type.layout))
+        """-inf where a query does not see a key of masked block ``i``, beginning at ``i_key``.
+
+        Each bound is applied only to blocks that it can cut, which for most blocks is one. What
+        depends on the key alone is in the columns' indices and what depends on the query alone in
+        its bound: one comparison a score.
+        """
+        o_key = self.keys.block(tile.row, i_key, self.BLOCK_N, b_scores)
         limit = tile.key_end
         if i >= tile.n_edge:
             limit = tile.sink_end
-        m_key = o_key < limit
-        if self.keys.HAS_BOUNDS:
-            m_key = m_key & (o_key >= i_key)
-        m_seen = (o_key[None, :] <= o_position[:, None]) & m_key[None, :]
+        high = tile.low + self.BLOCK_M - 1
         if self.HAS_WINDOW:
-            m_seen = m_seen & (o_key[None, :] > o_position[:, None] - self.window)
+            if i_key <= high - self.window:
+                b_scores = keep_above(b_scores, o_key, o_position - self.window)
         if self.SPARSE:
+            sink_end = tile.row.start + self.sink
             last = tile.row.end - 1
-            o_near = o_position
-            if self.keys.HAS_BOUNDS:
-                o_near = gl.minimum(o_position, last)
-            m_near = o_key[None, :] > o_near[:, None] - tile.reach
-            m_near = m_near | (o_key < tile.row.start + self.sink)[None, :]
-            if self.HAS_DENSE:
-                m_dense = (o_position >= tile.dense_begin) & (o_position <= last)
-                m_near = m_near | m_dense[:, None]
-            m_seen = m_seen & m_near
-        return gl.where(m_seen, b_scores, float("-inf"))
+            if (i_key <= min(high, last) - tile.reach) & (i_key + self.BLOCK_N > sink_end):
+                o_near = o_position
+                if self.keys.HAS_BOUNDS:
+                    o_near = gl.minimum(o_position, last)
+                o_low = o_near - tile.reach
+                if self.HAS_DENSE:
+                    m_dense = (o_position >= tile.dense_begin) & (o_position <= last)
+                    o_low = gl.where(m_dense, -1, o_low)
+                # Sink keys are near to every query.
+                o_near_key = gl.where(o_key < sink_end, _BEYOND, o_key)
+                b_scores = keep_above(b_scores, o_near_key, o_low)
+        at = self.keys.load_at(tile.row, i_key, self.BLOCK_N)
+        if (i_key + self.BLOCK_N - 1 > min(tile.low, limit - 1)) | (at < i_key):
+            b_scores = keep_up_to(b_scores, o_key, gl.minimum(o_position, limit - 1))
+        return b_scores

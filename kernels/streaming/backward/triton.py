@@ -35,7 +35,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 QUERY_CONFIGS = {
     (16, 2): Config(128, 64, 4, 3),
     (32, 2): Config(128, 64, 4, 3),
-    (64, 2): Config(128, 64, 8, 3),
+    (64, 2): Config(64, 64, 4, 2),
     (128, 2): Config(64, 64, 4, 2),
     (256, 2): Config(64, 32, 8, 2),
     (16, 4): Config(64, 32, 4, 2),
@@ -47,7 +47,7 @@ QUERY_CONFIGS = {
 KEY_CONFIGS = {
     (16, 2): Config(64, 128, 4, 3),
     (32, 2): Config(64, 128, 4, 3),
-    (64, 2): Config(64, 128, 8, 3),
+    (64, 2): Config(64, 64, 4, 3),
     (128, 2): Config(64, 128, 8, 3),
     (256, 2): Config(32, 64, 8, 2),
     (16, 4): Config(32, 64, 4, 2),
