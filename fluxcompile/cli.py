@@ -77,3 +77,93 @@ def demo(
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(2) from error
     raise typer.Exit(0 if agreed else 1)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help='"smollm2", a directory, or a model on the Hub.')],
+    output: Annotated[Path, typer.Option(help="Folder of the router and its checkpoints.")],
+    data: Annotated[
+        str,
+        typer.Option(help='"builtin", or a JSONL file: "task" and "text", "messages" or tokens.'),
+    ] = "builtin",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a built-in example.")] = 4096,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Built-in examples; by default two steps' worth.")
+    ] = None,
+    sink: Annotated[int, typer.Option(min=1, help="First tokens that SA attends to.")] = 128,
+    local: Annotated[int, typer.Option(min=1, help="Latest tokens that SA attends to.")] = 2048,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Examples a step, over all processes.")
+    ] = 48,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Examples a process runs at once.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of the routers.")] = 5e-4,
+    multiplier_lr: Annotated[float, typer.Option(help="Learning rate of λ1 and λ2.")] = 1e-3,
+    seed: Annotated[int, typer.Option()] = 42,
+    task: Annotated[
+        list[str] | None, typer.Option(help="NAME=TARGET sparsity of a task; repeatable.")
+    ] = None,
+    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    dtype: Annotated[
+        DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE of any other training argument; repeatable."),
+    ] = None,
+) -> None:
+    """Train layer routers for a frozen model. Under torchrun: on every GPU.
+
+    Other training arguments are those of fluxcompile.training.RouterTrainingArguments.
+    """
+    from fluxcompile.errors import FluxError
+    from fluxcompile.training import command
+
+    try:
+        command.train(
+            model,
+            data=data,
+            output=output,
+            length=length,
+            examples=examples,
+            sink=sink,
+            local=local,
+            dtype=dtype.value if dtype else None,
+            cpu=cpu,
+            tasks=task or (),
+            settings=set_ or (),
+            max_steps=steps,
+            batch_size=batch_size,
+            per_device_train_batch_size=micro_batch,
+            learning_rate=lr,
+            multiplier_learning_rate=multiplier_lr,
+            seed=seed,
+            lowering=lowering.value,
+            resume_from_checkpoint=resume or None,
+        )
+    except FluxError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
+    typer.echo(f"router: {output}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A published Flux Attention checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the router.")],
+) -> None:
+    """Take the routers out of a published Flux Attention checkpoint."""
+    from fluxcompile.errors import FluxError
+    from fluxcompile.training import command
+
+    try:
+        router = command.convert(checkpoint, output)
+    except FluxError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
+    typer.echo(f"router of {len(router.layer_names)} layers: {output}")

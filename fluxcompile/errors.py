@@ -34,6 +34,14 @@ class OptionError(FluxError, ValueError):
     """An entry of ``torch.compile(..., options=...)`` is unknown or has a bad value."""
 
 
+class TrainingError(FluxError, RuntimeError):
+    """Training cannot start, or cannot go on, with this model, data or state."""
+
+
+class DataError(FluxError, ValueError):
+    """Training data, or the description of its tasks, cannot be trained on as it is."""
+
+
 class RewriteError(FluxError):
     """An attention could not be rewritten and ``options={"strict": True}`` asked for it."""
 

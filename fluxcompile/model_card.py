@@ -30,7 +30,23 @@ model.compile(backend="flux")
 |---|---|
 {% for name, value in settings.items() -%}
 | `{{ name }}` | {{ value }} |
-{% endfor %}"""
+{% endfor %}{% if training %}
+## Training
+
+Trained with `fluxcompile.train_router` on {{ training.examples }} examples for
+{{ training.steps }} steps ({{ training.versions }}). At the end of training (`sparsity` is the mean
+soft share of sparse attention, `routed_sparsity` that of the routes taken at inference):
+
+| task | target | {% for name in training.columns %}{{ name }} | {% endfor %}
+|---|---|{% for name in training.columns %}---|{% endfor %}
+{% for task in training.tasks -%}
+| {{ task.name }} | {{ task.target }} | {% for value in task["values"] %}{{ value }} | {% endfor %}
+{% endfor %}
+| argument | value |
+|---|---|
+{% for name, value in training.arguments.items() -%}
+| `{{ name }}` | {{ value }} |
+{% endfor %}{% endif %}"""
 
 
 def model_card(router: "FluxRouter", data: ModelCardData, **values: Any) -> ModelCard:
@@ -39,12 +55,14 @@ def model_card(router: "FluxRouter", data: ModelCardData, **values: Any) -> Mode
     Args:
         router: what the card describes.
         data: the card's metadata.
-        values: override the template's ``base_model``, ``layers``, ``head_dim`` or ``settings``.
+        values: override the template's ``base_model``, ``layers``, ``head_dim`` or ``settings``,
+            or add ``training``: see :mod:`fluxcompile.training.record`.
     """
     known = {
         "base_model": router.base_model or "an unnamed model",
         "layers": len(router.layer_names),
         "head_dim": router.head_dim,
         "settings": router.config.to_dict(),
+        "training": None,
     }
     return ModelCard.from_template(data, template_str=_TEMPLATE, **(known | values))

@@ -63,11 +63,16 @@ def load(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[PreTr
     The weights are dequantised to ``dtype``; the model is in eval mode on ``device``.
     """
     file = gguf_path()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, config=LlamaConfig(**ARCHITECTURE)
     )
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer()
+
+
+def load_tokenizer() -> object:
+    """The tokenizer alone (49,152 ids, with a chat template): the weights are not read."""
+    file = gguf_path()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def static_routes(num_layers: int = 30) -> list[int]:

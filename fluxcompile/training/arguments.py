@@ -1,0 +1,77 @@
+"""Every constant of router training, with the paper's value as its default."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
+from fluxcompile.training.schedule import TemperatureSchedule
+
+
+@dataclass
+class RouterTrainingArguments(CompiledTrainingArguments):
+    """Arguments of :func:`fluxcompile.train_router`: transformers' own, and these.
+
+    Defaults are those of Flux Attention (arXiv 2604.07394). Whatever else ``TrainingArguments``
+    takes (``report_to``, ``save_steps``, ``resume_from_checkpoint``, …) passes through; see
+    :class:`CompiledTrainingArguments` for batches, lengths and the compiler.
+
+    Attributes:
+        learning_rate: of the routers.
+        multiplier_learning_rate: of λ1 and λ2.
+        weight_decay: of the routers' matrices; biases and multipliers have none.
+        adam_beta1: AdamW's first moment.
+        adam_beta2: AdamW's second moment.
+        lr_scheduler_type: of both learning rates.
+        warmup_steps: below 1 a share of ``max_steps``, else steps.
+        max_grad_norm: the routers' gradient is scaled down to this norm; 0 turns it off. The
+            multipliers' is never clipped.
+        temperature_start: τ of the first step.
+        temperature_end: τ once annealed.
+        temperature_anneal: share of the steps over which τ goes linearly from one to the other.
+        multiplier_init: first value of every λ1 and λ2.
+        shard_backbone: split the backbone's matrices over the processes of each machine instead
+            of copying it to each: see :mod:`fluxcompile.training.sharding`.
+
+    Raises:
+        ConfigError: an unknown name, a bad value, or an argument that router training rules out.
+    """
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.2
+    max_grad_norm: float = 1.0
+
+    multiplier_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the multipliers λ1 and λ2."}
+    )
+    temperature_start: float = field(default=1.5, metadata={"help": "τ of the first step."})
+    temperature_end: float = field(default=1.0, metadata={"help": "τ once annealed."})
+    temperature_anneal: float = field(
+        default=0.6, metadata={"help": "Share of the steps over which τ is annealed."}
+    )
+    multiplier_init: float = field(
+        default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
+    )
+    shard_backbone: bool = field(
+        default=False, metadata={"help": "Split the backbone over the processes of a machine."}
+    )
+
+    AMOUNTS: ClassVar[tuple[str, ...]] = (
+        *CompiledTrainingArguments.AMOUNTS,
+        "multiplier_learning_rate",
+        "multiplier_init",
+    )
+
+    def check_values(self) -> None:
+        """Raise ConfigError for the first impossible value."""
+        super().check_values()
+        self.temperatures()
+
+    def temperatures(self) -> TemperatureSchedule:
+        """The schedule of τ."""
+        return TemperatureSchedule(
+            self.temperature_start, self.temperature_end, self.temperature_anneal, self.max_steps
+        )

@@ -1,0 +1,151 @@
+"""``fluxcompile train`` and ``fluxcompile convert``: paths and words in, a router directory out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import ConfigError, DataError, TrainingError
+from fluxcompile.router import FluxRouter
+
+SMOLLM2 = "smollm2"
+BUILT_IN = "builtin"
+
+
+def train(
+    model: str,
+    *,
+    data: str,
+    output: Path,
+    length: int,
+    examples: int | None,
+    sink: int,
+    local: int,
+    dtype: str | None,
+    cpu: bool,
+    tasks: Sequence[str],
+    settings: Sequence[str],
+    **arguments: Any,
+) -> FluxRouter:
+    """Load model and data, and train.
+
+    Args:
+        model: ``"smollm2"``, or what ``AutoModelForCausalLM.from_pretrained`` takes.
+        data: ``"builtin"``, or a file with one JSON object a line.
+        output: directory of the router and its checkpoints.
+        length: tokens of a built-in example.
+        examples: number of built-in examples; None: two steps' worth, 64 at least.
+        sink, local: of the sparse attention.
+        dtype: of the model; None: bfloat16 on a GPU, float32 on a CPU.
+        cpu: train on the CPU even if there is a GPU.
+        tasks: ``"name=target"`` each.
+        settings: ``"name=value"`` each, for any other training argument; values are JSON, or
+            plain words.
+        arguments: training arguments; those that are None are left out.
+
+    Raises:
+        FluxError: whatever is wrong with any of them.
+    """
+    from fluxcompile.training.data import builtin_mixture
+    from fluxcompile.training.train import train_router
+
+    known = {name: value for name, value in arguments.items() if value is not None}
+    known |= _pairs("--set", settings)
+    targets = _pairs("--task", tasks)
+    cpu = cpu or not torch.cuda.is_available()
+    if data != BUILT_IN and not Path(data).is_file():
+        raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
+    loaded, tokenizer = _load(model, dtype or ("float32" if cpu else "bfloat16"))
+    if data == BUILT_IN:
+        if tokenizer is None:
+            raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
+        count = examples or max(64, 2 * known.get("batch_size", 48))
+        rows = builtin_mixture(tokenizer, length=length, examples=count, seed=known.get("seed", 0))
+    else:
+        rows = read_jsonl(Path(data))
+    return train_router(
+        loaded,
+        rows,
+        tokenizer=tokenizer,
+        tasks=targets or None,
+        config=FluxConfig(sink=sink, local=local),
+        output_dir=output,
+        **{"use_cpu": cpu} | known,
+    )
+
+
+def convert(checkpoint: Path, output: Path) -> FluxRouter:
+    """Save the routers inside a published Flux Attention checkpoint as a router of their own.
+
+    Raises:
+        RouterError: ``checkpoint`` is not one, or its routers are incomplete.
+    """
+    router = FluxRouter.from_fluxattention(checkpoint)
+    router.save_pretrained(output)
+    return router
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """One JSON object a line; blank lines are skipped.
+
+    Raises:
+        DataError: a line is something else; the message has its number.
+    """
+    rows = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError.mismatch(
+                    f"{file}:{number}", "a JSON object", f"bad JSON ({error})"
+                ) from error
+            if not isinstance(row, Mapping):
+                raise DataError.mismatch(f"{file}:{number}", "a JSON object", type(row).__name__)
+            rows.append(row)
+    return rows
+
+
+def _load(name: str, dtype: str) -> tuple[nn.Module, Any]:
+    if name == SMOLLM2:
+        from fluxcompile import smollm2
+
+        return smollm2.load(dtype=getattr(torch, dtype))
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise TrainingError.mismatch(
+            f"model {name!r}", f"{SMOLLM2!r}, a directory, or a model on the Hub", error
+        ) from error
+    return model, _tokenizer(name)
+
+
+def _tokenizer(name: str) -> Any:
+    """The model's tokenizer; None if it has none, which data of token ids does not need."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError.mismatch(option, "NAME=VALUE", repr(text))
+        try:
+            pairs[name] = json.loads(value)
+        except ValueError:
+            pairs[name] = value
+    return pairs

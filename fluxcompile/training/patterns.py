@@ -1,0 +1,62 @@
+"""The loss of a model under any pattern of routes, from a single compile."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from fluxcompile.config import FluxConfig
+from fluxcompile.router import FluxRouter
+from fluxcompile.soft_routes import soft_routes
+from fluxcompile.training.backbone import attached, compiled, frozen
+from fluxcompile.training.chunked_loss import Targets
+from fluxcompile.training.examples import Example
+from fluxcompile.training.language_model import LanguageModel
+
+# Noise that no logit outweighs: the softmax is exactly 0 or 1.
+_DECISIVE = 1e4
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class PatternLoss:
+    """Mean loss of examples under fixed routes.
+
+    The training graph takes noise as an input and adds it to the routers' logits; noise that
+    outweighs every logit decides, so each pattern is one more input and nothing compiles twice.
+    """
+
+    router: FluxRouter
+    language_model: LanguageModel
+    run: Callable[..., Any]
+    device: torch.device
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, model: nn.Module, config: FluxConfig, lowering: str) -> Iterator[Self]:
+        """For ``model``, frozen meanwhile."""
+        device = next(model.parameters()).device
+        router = FluxRouter.from_model(model, config).to(device)
+        with attached(model, router), frozen(model):
+            probe = torch.arange(8, device=device)[None] % 2
+            language_model = LanguageModel.of(model).checked(model, probe)
+            run = compiled(language_model.body, router, lowering=lowering)
+            yield cls(router, language_model, run, device)
+
+    @torch.no_grad()
+    def __call__(self, routes: Sequence[int], examples: Sequence[Example]) -> float:
+        """Mean over the examples of each one's mean over its targets; ``routes`` is 1 for full."""
+        full = torch.tensor(routes, dtype=torch.float32, device=self.device)
+        noise = _DECISIVE * torch.stack([1 - full, full], dim=-1)[None]
+        total = 0.0
+        for example in examples:
+            ids, labels = (x[None].to(self.device) for x in (example.input_ids, example.labels))
+            with soft_routes(self.router, noise=noise):
+                losses = self.language_model.losses(
+                    self.run, ids, torch.ones_like(ids), Targets.of(labels), _CHUNK
+                )
+            total += float(losses.mean())
+        return total / len(examples)

@@ -1,0 +1,102 @@
+"""What the trainer sees as its model: frozen backbone, routers and multipliers in one module."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from fluxcompile.router import FluxRouter
+from fluxcompile.training.chunked_loss import Targets
+from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.multipliers import Multipliers
+from fluxcompile.training.objective import routed_sparsity, row_means, sparsity_term
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+class Trainee(nn.Module):
+    """One batch in, the objective out.
+
+    The backbone stays in eval mode: dropout would be noise that is not the router's.
+
+    Args:
+        backbone: the model, its parameters frozen, ``router`` attached to it.
+        router: trained.
+        multipliers: trained, by ascent.
+        language_model: how to get losses out of ``backbone``.
+        run: ``language_model.body`` compiled in training mode.
+        logits_chunk: target tokens whose logits exist at one time.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        router: FluxRouter,
+        multipliers: Multipliers,
+        *,
+        language_model: LanguageModel,
+        run: Callable[..., Any],
+        logits_chunk: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.router = router
+        self.multipliers = multipliers
+        self.logits_chunk = logits_chunk
+        # DistributedDataParallel would send a backbone that every process has already.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"backbone.{name}" for name, _ in _tensors(backbone)
+        ]
+        # Behind a tuple, so that the compiled decoder is not registered as one more submodule.
+        self._language_model = (language_model, run)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        task_id: torch.Tensor,
+        noise: torch.Tensor,
+        temperature: float,
+    ) -> dict[str, torch.Tensor]:
+        """Objective of one batch.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            attention_mask: ``[B, S]``, 1 for valid tokens.
+            labels: int64 ``[B, S]``, each target at its own place, -100 elsewhere.
+            task_id: int64 ``[B]``.
+            noise: fp32 ``[B, L, 2]``, added to the routers' logits.
+            temperature: τ.
+
+        Returns:
+            ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss``,
+            ``sparsity`` (soft, what the constraint sees), ``routed_sparsity`` (argmax, what
+            inference does). Both are means over the layers that can be sparse at all.
+        """
+        from fluxcompile.soft_routes import soft_routes
+
+        language_model, run = self._language_model
+        targets = Targets.of(labels)
+        with soft_routes(self.router, temperature=temperature, noise=noise) as soft:
+            losses = language_model.losses(
+                run, input_ids, attention_mask, targets, self.logits_chunk
+            )
+            shares = soft.shares()[:, soft.routed]
+        lm_loss = row_means(losses, targets.rows, len(input_ids))
+        term = sparsity_term(shares, *self.multipliers.of(task_id))
+        return {
+            "loss": (lm_loss + term.penalty).mean(),
+            "lm_loss": lm_loss.detach(),
+            "sparsity": term.sparsity.detach(),
+            "routed_sparsity": routed_sparsity(shares, noise[:, soft.routed], temperature),
+        }

@@ -1,0 +1,100 @@
+"""The trainer of routers: noise, temperature, ascent, and what its checkpoints hold."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluxcompile.training import checkpoint
+from fluxcompile.training.arguments import RouterTrainingArguments
+from fluxcompile.training.compiled_trainer import CompiledTrainer
+from fluxcompile.training.examples import Example
+from fluxcompile.training.noise import gumbel_noise
+from fluxcompile.training.safeguard import Safeguard
+from fluxcompile.training.trainee import Trainee
+
+_COLUMNS = ("lm_loss", "sparsity", "routed_sparsity")
+
+
+class RouterTrainer(CompiledTrainer):
+    """Trains a :class:`Trainee`. Its logs name each task's loss, Ω, λ1 and λ2, and τ.
+
+    ``sparsity/<task>`` is the soft Ω that the constraint sees, ``routed_sparsity/<task>`` the Ω of
+    the routes that inference would take.
+
+    Args:
+        trainee: backbone, router and multipliers.
+        arguments: every constant.
+        examples: to train on.
+        tasks: names, in the order of ``task_id``.
+        collator: examples to a batch.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        arguments: RouterTrainingArguments,
+        examples: Sequence[Example],
+        tasks: Sequence[str],
+        collator: Callable[[Sequence[Example]], dict[str, torch.Tensor]],
+    ) -> None:
+        self.temperatures = arguments.temperatures()
+        safeguard = Safeguard(
+            trainee.router.parameters(),
+            tasks,
+            arguments.max_grad_norm,
+            after_step=trainee.multipliers.project,
+        )
+        super().__init__(trainee, arguments, examples, tasks, collator, _COLUMNS, safeguard)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW: the routers' matrices decay, their biases do not; the multipliers ascend."""
+        if self.optimizer is None:
+            routers = list(self.trainee.router.parameters())
+            decay = self.args.weight_decay
+            multipliers = {
+                "params": list(self.trainee.multipliers.parameters()),
+                "lr": self.args.multiplier_learning_rate,
+                "weight_decay": 0.0,
+                "maximize": True,
+            }
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": [p for p in routers if p.ndim > 1], "weight_decay": decay},
+                    {"params": [p for p in routers if p.ndim <= 1], "weight_decay": 0.0},
+                    multipliers,
+                ],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def forward_arguments(self, index: torch.Tensor) -> dict[str, Any]:
+        """Noise and temperature of this step."""
+        step, layers = self.state.global_step, len(self.trainee.router.layer_names)
+        return {
+            "noise": gumbel_noise(self.args.seed, step, index, layers),
+            "temperature": self.temperatures(step),
+        }
+
+    def logged(self) -> dict[str, float]:
+        """λ1 and λ2 of each task, and τ of the step that has just been made."""
+        multipliers = self.trainee.multipliers
+        values = {"temperature": self.temperatures(max(0, self.state.global_step - 1))}
+        for i_task, task in enumerate(self.tasks):
+            values[f"lambda1/{task}"] = multipliers.linear[i_task].item()
+            values[f"lambda2/{task}"] = multipliers.quadratic[i_task].item()
+        return values
+
+    def save_state(self, directory: Path) -> None:
+        """Router and multipliers."""
+        trainee = self.trainee
+        checkpoint.save_state(directory, trainee.router, trainee.multipliers, self.tasks)
+
+    def load_state(self, directory: Path) -> None:
+        """Router and multipliers, of a run like this one."""
+        trainee = self.trainee
+        checkpoint.load_state(directory, trainee.router, trainee.multipliers, self.tasks)

@@ -1,0 +1,103 @@
+"""``fluxcompile train`` and ``convert``, from files to a router folder."""
+
+import json
+
+import pytest
+import safetensors.torch
+from typer.testing import CliRunner
+
+from fluxcompile import FluxRouter
+from fluxcompile.cli import app
+from fluxcompile.errors import ConfigError, DataError
+from fluxcompile.training import command
+from tests.router_models import random_router
+from tests.test_router_published import CONFIG, router_tensors
+from tests.training.tiny import largest_difference, tiny_data, tiny_model
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A saved model and a JSONL file of token ids."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in tiny_data(8)) + "\n\n")
+    return tmp_path
+
+
+def train(files, *more: object):
+    return run(
+        "train", files / "model", "--data", files / "data.jsonl", "--output", files / "router",
+        "--sink", 4, "--local", 8, "--steps", 2, "--batch-size", 4, "--micro-batch", 2,
+        "--lowering", "eager", "--cpu", "--set", "report_to=none", "--set", "disable_tqdm=true",
+        *more,
+    )  # fmt: skip
+
+
+def test_train_writes_a_router_and_resumes(files):
+    result = train(files, "--task", "retrieval=0.3", "--set", "save_steps=1")
+    assert result.exit_code == 0, result.output
+    router = FluxRouter.from_pretrained(files / "router")
+    assert (router.config.sink, router.config.local) == (4, 8)
+    assert "| retrieval | 0.3 |" in (files / "router" / "README.md").read_text()
+    again = train(files, "--task", "retrieval=0.3", "--resume")
+    assert again.exit_code == 0, again.output
+    assert largest_difference(FluxRouter.from_pretrained(files / "router"), router) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--set", "save_steps"), "NAME=VALUE"),
+        (("--set", "optimiser=sgd"), "unknown 'optimiser'"),
+        (("--task", "retrieval=high"), "retrieval"),
+        (("--data", "nothing.jsonl"), "nothing.jsonl"),
+        (("--batch-size", 3), "batch_size"),
+        (("--resume",), "checkpoint-N"),
+        (("--data", "builtin"), "tokenizer"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_what_is_wrong_is_said(files, more, message):
+    result = train(files, *more)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_model_that_is_not_there_is_refused(files, tmp_path):
+    result = run(
+        "train", tmp_path / "nowhere", "--data", files / "data.jsonl", "--output", tmp_path / "out"
+    )
+    assert result.exit_code == 2
+    assert "nowhere" in result.output
+
+
+def test_jsonl_errors_name_the_line(tmp_path):
+    file = tmp_path / "data.jsonl"
+    for text, message in (('{"a": 1}\n{"a"', r":2: .*bad JSON"), ("[1]", r":1: .*list")):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            command.read_jsonl(file)
+
+
+def test_settings_are_json_or_words():
+    pairs = command._pairs("--set", ["a=1", "b=x", 'c={"d": 2}', "e=true", "f=1e-3"])
+    assert pairs == {"a": 1, "b": "x", "c": {"d": 2}, "e": True, "f": 1e-3}
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        command._pairs("--set", ["=1"])
+
+
+def test_convert_takes_a_published_router(tmp_path):
+    checkpoint = tmp_path / "Qwen3-4B-FA-SSA"
+    checkpoint.mkdir()
+    router = random_router(layers=3)
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG))
+    safetensors.torch.save_file(router_tensors(router), checkpoint / "model.safetensors")
+    result = run("convert", checkpoint, tmp_path / "router")
+    assert result.exit_code == 0, result.output
+    assert "3 layers" in result.output
+    assert FluxRouter.from_pretrained(tmp_path / "router").config.sink == 128
+    assert run("convert", tmp_path / "nothing", tmp_path / "other").exit_code == 2
