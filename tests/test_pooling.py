@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluxcompile.pooling import Pooling
 from fluxcompile.router_pooling import full_attention_rows, pool_positions, pool_query
 
 HEADS, DIM = 3, 4
@@ -25,7 +26,8 @@ def oracle(query, valid, pool):
 
 
 def pooled(query, valid, pool):
-    return pool_query(query, pool_positions(query, valid, pool))
+    pooling = Pooling(pool, pool)
+    return pool_query(query, pool_positions(query, valid, pooling), pooling)
 
 
 def tokens(batch, length, dtype=torch.float32):
@@ -77,7 +79,7 @@ def test_padding_may_hold_anything(poison):
 
 
 def test_a_short_prompt_counts_every_token_once():
-    index, weight = pool_positions(tokens(1, 5), None, 4)
+    index, weight = pool_positions(tokens(1, 5), None, Pooling(4, 4))
     used = index[0][weight[0] > 0]
     assert sorted(used.tolist()) == [0, 1, 2, 3, 4]
     torch.testing.assert_close(weight.sum(1), torch.ones(1))

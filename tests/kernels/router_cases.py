@@ -3,6 +3,7 @@
 import torch
 
 from fluxcompile.layer_router import LayerRouter
+from fluxcompile.pooling import Pooling
 from fluxcompile.router_pooling import full_attention_rows, pool_tokens
 
 
@@ -37,7 +38,7 @@ def logits(picked, weight, matrices, biases):
     names = [name for name, _ in router.named_parameters()]
     router.load_state_dict(dict(zip(names, given, strict=True)))
     with torch.no_grad():
-        return router(pool_tokens(picked.cpu(), weight.cpu()))
+        return router(pool_tokens(picked.cpu(), weight.cpu(), Pooling(picked.shape[2], 0)))
 
 
 def check(implementation, x):
