@@ -179,11 +179,11 @@ def soft_routes(
     noise: Tensor | None = None,
     prompt_length: Tensor | None = None,
 ) -> Iterator[SoftRoutes]:
-    """Set temperature, noise and prompt lengths of the forwards inside the block; collect their shares.
+    """Set what the forwards inside the block read, and collect their shares.
 
     For models compiled with ``options={"mode": "train"}``. Outside any block such a model runs at
-    temperature 1 without noise. The backward may run after the block. Blocks may be nested: the
-    innermost one of a router counts.
+    temperature 1, without noise, on whole rows. The backward may run after the block. Blocks may be
+    nested: the innermost one of a router counts.
 
     Args:
         router: the router that the model was compiled with, itself.
@@ -200,7 +200,7 @@ def soft_routes(
 
 
 def active_soft_routes(router: FluxRouter) -> SoftRoutes:
-    """The innermost active block's; outside of all, temperature 1 and no noise."""
+    """The innermost active block's; outside of all, temperature 1, no noise, whole rows."""
     for soft in reversed(_active.get()):
         if soft.router is router:
             return soft
