@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 import fluxcompile
-from fluxcompile import RouterError
 from tests.parity.decide import decide, margins
 from tests.parity.harness import assert_follows, compiled, definition_of, generate
 from tests.parity.models import LOCAL, SINK, flux_config, prompt, random_router, tiny_model
@@ -92,5 +92,5 @@ def test_ends_of_the_options_and_features_of_the_router():
             backend="flux",
             options={"lowering": "eager", "config": flux_config(**{field: value})},
         )
-        with pytest.raises(RouterError, match=f"FluxConfig.{field} of the options"):
+        with pytest.raises(BackendCompilerFailed, match=f"FluxConfig.{field} of the options"):
             model(given.ids, attention_mask=given.mask)
