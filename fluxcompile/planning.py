@@ -67,6 +67,7 @@ class Planner:
                 raise OptionError(
                     f'routes: expected a router for "{self.routes}", got none attached'
                 )
+            self._check_features()
             self._check_dims(sites)
             policies = dict.fromkeys(layers, Policy.ROUTER)
             routers = {layer: self.router.layers[layer] for layer in layers}
@@ -106,6 +107,20 @@ class Planner:
             )
         return {layer: Policy.FULL if self.routes[layer] else Policy.SPARSE for layer in layers}
 
+    def _check_features(self) -> None:
+        """Options may say how many tokens a router reads, not what it makes of them."""
+        for name in ("segments", "heads", "standardize"):
+            trained, asked = (getattr(config, name) for config in (self.router.config, self.config))
+            if trained != asked:
+                raise RouterError.mismatch(
+                    f"FluxConfig.{name} of the options", f"{trained!r} (the router's)", f"{asked!r}"
+                )
+        trained, asked = (len(c.pooling.ends) for c in (self.router.config, self.config))
+        if trained != asked:
+            raise RouterError.mismatch(
+                "ends read by FluxConfig of the options", f"{trained} (the router's)", asked
+            )
+
     def _check_dims(self, sites: Sequence[AttentionSite]) -> None:
         for site in sites:
             head_dim = site.q_shape[3] if site.skip is None else self.router.head_dim
@@ -113,6 +128,10 @@ class Planner:
                 raise RouterError.mismatch(
                     f"router's head_dim for {site.path}", head_dim, self.router.head_dim
                 )
+            expected = self.router.heads
+            heads = site.q_shape[1] if site.skip is None else expected
+            if site.layer is not None and expected is not None and heads != expected:
+                raise RouterError.mismatch(f"router's heads for {site.path}", heads, expected)
 
     def expects(self, site: AttentionSite) -> bool:
         """False where full attention is what the user asked for or what is simply right."""

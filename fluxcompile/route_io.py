@@ -76,7 +76,7 @@ def _takes_full(site: AttentionSite, plan: RoutingPlan) -> bool:
 
 
 def append_output(gm: fx.GraphModule, columns: list[fx.Node]) -> None:
-    """Add ``columns``, each ``[B]``, to the graph's outputs as one ``[B, len(columns)]``."""
+    """Add ``columns``, each ``[B, ...]``, to the graph's outputs as ``[B, len(columns), ...]``."""
     output = next(iter(reversed(gm.graph.nodes)))
     with gm.graph.inserting_before(output):
         stacked = gm.graph.call_function(torch.stack, (columns,), {"dim": 1})

@@ -1,8 +1,11 @@
 """Every constant of router training, with the paper's value as its default."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fluxcompile.errors import ConfigError
+from fluxcompile.layer_router import UNTRAINED_LOGITS
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.schedule import TemperatureSchedule
 
@@ -29,6 +32,11 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         temperature_end: τ once annealed.
         temperature_anneal: share of the steps over which τ goes linearly from one to the other.
         multiplier_init: first value of every λ1 and λ2.
+        full_bias: of a router that is created for the run, the logit of full attention before it
+            has learnt anything; the other logit is 0.
+        calibration_rows: examples over which the features of a router that standardises them are
+            measured, before the first step. A router that has been measured before is left as it
+            is.
         shard_backbone: split the backbone's matrices over the processes of each machine instead
             of copying it to each: see :mod:`fluxcompile.training.sharding`.
 
@@ -55,10 +63,17 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     multiplier_init: float = field(
         default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
     )
+    full_bias: float = field(
+        default=UNTRAINED_LOGITS[1], metadata={"help": "A new router's logit of full attention."}
+    )
+    calibration_rows: int = field(
+        default=64, metadata={"help": "Examples that features are standardised over."}
+    )
     shard_backbone: bool = field(
         default=False, metadata={"help": "Split the backbone over the processes of a machine."}
     )
 
+    COUNTS: ClassVar[tuple[str, ...]] = (*CompiledTrainingArguments.COUNTS, "calibration_rows")
     AMOUNTS: ClassVar[tuple[str, ...]] = (
         *CompiledTrainingArguments.AMOUNTS,
         "multiplier_learning_rate",
@@ -68,6 +83,10 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     def check_values(self) -> None:
         """Raise ConfigError for the first impossible value."""
         super().check_values()
+        bias = self.full_bias
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not number or not math.isfinite(bias):
+            raise ConfigError.mismatch("full_bias", "a finite number", f"{bias!r}")
         self.temperatures()
 
     def temperatures(self) -> TemperatureSchedule:

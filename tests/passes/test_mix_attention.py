@@ -52,8 +52,9 @@ def test_inputs_in_order(stack):
     result = mixed(stack)
     traced = sum(node.op == "placeholder" for node in stack.gm.graph.nodes)
     names = [node.name for node in result.gm.graph.nodes if node.op == "placeholder"][traced:]
-    assert names[:3] == ["flux_temperature", "flux_noise", "flux_router_0_encoder_0_weight"]
-    assert len(names) == 2 + 2 * PARAMETERS
+    assert names[:3] == ["flux_temperature", "flux_noise", "flux_prompt_length"]
+    assert names[3] == "flux_router_0_encoder_0_weight"
+    assert len(names) == 3 + 2 * PARAMETERS
     assert [(t.layer, t.path) for t in result.shares.tensors][PARAMETERS] == (1, "encoder.0.weight")
 
 
