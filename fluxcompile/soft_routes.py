@@ -1,4 +1,4 @@
-"""What a training-mode graph reads (temperature, noise, prompt lengths) and leaves behind (shares).
+"""What a training-mode graph reads (temperature, noise, …) and leaves behind (shares).
 
 Flux Attention (arXiv 2604.07394) trains its routers through a mixture: layer ``l`` of row ``b``
 computes ``r * full + (1 - r) * sparse``, ``r = softmax((logits + noise) / temperature)[full]``.
@@ -43,12 +43,16 @@ class SoftRoutes:
         prompt_length: int64 ``[B]``, how many of a row's first valid tokens are its prompt: the
             routers read no further, as at inference, where the answer is not there yet. None
             where whole rows are prompts.
+        hardness: in [0, 1]: how far a layer's mixture is drawn from its shares towards the 0 or 1
+            that each is nearer to. 0 in the paper; at 1 a straight-through estimator: hard routes
+            forward, the shares' gradient backward. The shares themselves stay soft.
     """
 
     router: FluxRouter
     temperature: float = 1.0
     noise: Tensor | None = None
     prompt_length: Tensor | None = None
+    hardness: float = 0.0
     _columns: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
     _features: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _forwards: Counter[int] = field(default_factory=Counter, repr=False)
@@ -116,9 +120,19 @@ class SoftRoutes:
             RouterError: it is not a number above 0.
         """
         value = self.temperature
-        number = isinstance(value, int | float) and math.isfinite(value)
-        if not number or value <= 0:
+        if not _is_finite(value) or value <= 0:
             raise RouterError.mismatch("temperature", "a number above 0", repr(value))
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+
+    def hardness_on(self, device: torch.device) -> Tensor:
+        """The hardness as a graph takes it, fp32 ``[]``.
+
+        Raises:
+            RouterError: it is not a number in [0, 1].
+        """
+        value = self.hardness
+        if not _is_finite(value) or not 0 <= value <= 1:
+            raise RouterError.mismatch("hardness", "a number in [0, 1]", repr(value))
         return torch.full((), float(value), dtype=torch.float32, device=device)
 
     def noise_on(self, device: torch.device, batch: int) -> Tensor:
@@ -168,6 +182,10 @@ class SoftRoutes:
             )
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 _active: ContextVar[tuple[SoftRoutes, ...]] = ContextVar("flux_soft_routes", default=())
 
 
@@ -178,20 +196,22 @@ def soft_routes(
     temperature: float = 1.0,
     noise: Tensor | None = None,
     prompt_length: Tensor | None = None,
+    hardness: float = 0.0,
 ) -> Iterator[SoftRoutes]:
     """Set what the forwards inside the block read, and collect their shares.
 
     For models compiled with ``options={"mode": "train"}``. Outside any block such a model runs at
-    temperature 1, without noise, on whole rows. The backward may run after the block. Blocks may be
-    nested: the innermost one of a router counts.
+    temperature 1, without noise or hardness, on whole rows. The backward may run after the block.
+    Blocks may be nested: the innermost one of a router counts.
 
     Args:
         router: the router that the model was compiled with, itself.
         temperature: see :class:`SoftRoutes`.
         noise: see :class:`SoftRoutes`.
         prompt_length: see :class:`SoftRoutes`.
+        hardness: see :class:`SoftRoutes`.
     """
-    soft = SoftRoutes(router, temperature, noise, prompt_length)
+    soft = SoftRoutes(router, temperature, noise, prompt_length, hardness)
     token = _active.set((*_active.get(), soft))
     try:
         yield soft

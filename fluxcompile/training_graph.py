@@ -27,7 +27,7 @@ class TrainingIO:
 
     Attributes:
         router: the live router.
-        soft: the graph takes the temperature and the noise.
+        soft: the graph takes temperature, noise and hardness.
         prompts: the graph takes the lengths of the prompts.
         tensors: the router tensors that the graph takes.
         layers: the columns of the graph's shares, its last output or last but one,
@@ -59,7 +59,11 @@ class TrainingIO:
         found: list[torch.Tensor] = []
         if self.soft:
             noise = active.noise_on(self.device, self._batch_of(traced))
-            found += [active.temperature_on(self.device), noise]
+            found += [
+                active.temperature_on(self.device),
+                noise,
+                active.hardness_on(self.device),
+            ]
         if self.prompts:
             found.append(active.prompt_length_on(self.device, self._batch_of(traced)))
         return [*found, *(self._tensor(name) for name in self.tensors)]
@@ -80,7 +84,7 @@ class TrainingIO:
         found = []
         if self.soft:
             noise = torch.empty(batch, len(self.router.layer_names), 2, **on)
-            found = [torch.empty((), **on), noise]
+            found = [torch.empty((), **on), noise, torch.empty((), **on)]
         if self.prompts:
             found.append(torch.empty(batch, dtype=torch.int64, device=self.device))
         for name in self.tensors:

@@ -1,8 +1,8 @@
 """Put the layer routers into a training graph, with their tensors as inputs: live and trained.
 
 Legal because a router only reads: it adds a share of each row and changes no value that the model
-already computes. Inputs that this pass adds, in order: temperature and noise (soft shares only),
-the prompts' lengths, then each router's tensors.
+already computes. Inputs that this pass adds, in order: temperature, noise and hardness (soft shares
+only), the prompts' lengths, then each router's tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import fx
 
 from fluxcompile.layer_router import LayerRouter
 from fluxcompile.live_router import LiveLogits, tensor_names
-from fluxcompile.mixing import full_share
+from fluxcompile.mixing import full_share, harden
 from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import as_expr, value_of
 from fluxcompile.passes.insert_router import RouterReader
@@ -36,12 +36,13 @@ class ShareSource:
     """Gives each site its rows' shares of full attention, or their locked routes.
 
     Attributes:
-        temperature, noise: graph inputs fp32 ``[]`` and ``[B, L, 2]``; None before the first soft
-            share.
+        temperature, noise, hardness: graph inputs fp32 ``[]``, ``[B, L, 2]`` and ``[]``; None
+            before the first soft share.
         prompt_length: graph input int64 ``[B]``; None before the first share.
         tensors: the router tensors among the graph's inputs, in order.
         layers: the layer of each share. fixed: layers that are full attention always.
         shares: fp32 ``[B]``, one a layer of ``layers``.
+        weights: what rows are mixed with, fp32 ``[B]`` each.
         features: what the router of each share read, fp32 ``[B, F]`` without gradient; only of
             routers that standardise, whose calibration needs it.
         batch: the batch size, or the input (and axis) that carries it. device: the queries'.
@@ -53,11 +54,13 @@ class ShareSource:
         self._reader = RouterReader(emitter, masks, pooling)
         self.temperature: fx.Node | None = None
         self.noise: fx.Node | None = None
+        self.hardness: fx.Node | None = None
         self.prompt_length: fx.Node | None = None
         self.tensors: list[RouterTensor] = []
         self.layers: list[int] = []
         self.fixed: list[int] = []
         self.shares: list[fx.Node] = []
+        self.weights: list[fx.Node] = []
         self.features: list[fx.Node] = []
         self.batch: int | tuple[fx.Node, int | None] = 0
         self.device = torch.device("cpu")
@@ -73,12 +76,20 @@ class ShareSource:
             self._find_batch(site)
             self.temperature = emitter.placeholder("flux_temperature")
             self.noise = emitter.placeholder("flux_noise")
+            self.hardness = emitter.placeholder("flux_hardness")
         logits = self._logits(site, router, differentiable=True)
         with emitter.after(logits):
             noise = emitter.item(self.noise, (slice(None), site.layer))
             share = emitter.call(full_share, (logits, noise, self.temperature), like=site.output)
         self._keep(site, share)
         return share
+
+    def weight(self, share: fx.Node) -> fx.Node:
+        """What to mix a site's rows with, fp32 ``[B]``: its ``soft`` share, as hard as asked."""
+        with self._emitter.after(share, self.hardness):
+            weight = self._emitter.call(harden, (share, self.hardness))
+        self.weights.append(weight)
+        return weight
 
     def locked(self, site: AttentionSite, router: LayerRouter) -> fx.Node:
         """The site's route by argmax, bool ``[B]``, without gradients; its share is 0 or 1.

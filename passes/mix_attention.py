@@ -129,7 +129,8 @@ class _Mixer:
             sparse = self._pick(site, full, sparse, self._ends(site, operands))
         site.became = f"mixed: full and {self._plan.config.sparse}"
         with self._emitter.graph.inserting_before(site.output):
-            return self._emitter.call(mix, (full, sparse, share), like=site.output)
+            weight = self.source.weight(share)
+            return self._emitter.call(mix, (full, sparse, weight), like=site.output)
 
     def _short(self, site: AttentionSite) -> bool:
         if not is_full(self._plan.config.sparse, site, self._plan.config):

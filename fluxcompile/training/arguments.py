@@ -31,6 +31,8 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         temperature_start: τ of the first step.
         temperature_end: τ once annealed.
         temperature_anneal: share of the steps over which τ goes linearly from one to the other.
+        hardness: how far the mixture is drawn to hard routes (see
+            :class:`fluxcompile.SoftRoutes`) once annealed, from 0 over the same steps as τ.
         multiplier_init: first value of every λ1 and λ2.
         full_bias: of a router that is created for the run, the logit of full attention before it
             has learnt anything; the other logit is 0.
@@ -60,6 +62,9 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     temperature_anneal: float = field(
         default=0.6, metadata={"help": "Share of the steps over which τ is annealed."}
     )
+    hardness: float = field(
+        default=0.0, metadata={"help": "Hard routes' share of the mixture once annealed."}
+    )
     multiplier_init: float = field(
         default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
     )
@@ -78,6 +83,7 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         *CompiledTrainingArguments.AMOUNTS,
         "multiplier_learning_rate",
         "multiplier_init",
+        "hardness",
     )
 
     def check_values(self) -> None:
@@ -87,6 +93,8 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         number = isinstance(bias, int | float) and not isinstance(bias, bool)
         if not number or not math.isfinite(bias):
             raise ConfigError.mismatch("full_bias", "a finite number", f"{bias!r}")
+        if not 0 <= self.hardness <= 1:
+            raise ConfigError.mismatch("hardness", "a number in [0, 1]", f"{self.hardness!r}")
         self.temperatures()
 
     def temperatures(self) -> TemperatureSchedule:

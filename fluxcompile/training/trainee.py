@@ -74,6 +74,7 @@ class Trainee(nn.Module):
         noise: torch.Tensor,
         temperature: float,
         prompt_length: torch.Tensor | None = None,
+        hardness: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Objective of one batch.
 
@@ -86,6 +87,7 @@ class Trainee(nn.Module):
             temperature: τ.
             prompt_length: int64 ``[B]``, how many of a row's tokens the routers may read; None for
                 all.
+            hardness: how far the mixture is drawn to hard routes.
 
         Returns:
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss``,
@@ -97,7 +99,11 @@ class Trainee(nn.Module):
         language_model, run = self._language_model
         targets = Targets.of(labels)
         with soft_routes(
-            self.router, temperature=temperature, noise=noise, prompt_length=prompt_length
+            self.router,
+            temperature=temperature,
+            noise=noise,
+            prompt_length=prompt_length,
+            hardness=hardness,
         ) as soft:
             losses = language_model.losses(
                 run, input_ids, attention_mask, targets, self.logits_chunk

@@ -89,11 +89,12 @@ class RouterTrainer(CompiledTrainer):
             self.trainee.calibrate(batches)
 
     def forward_arguments(self, index: torch.Tensor) -> dict[str, Any]:
-        """Noise and temperature of this step."""
+        """Noise, temperature and hardness of this step."""
         step, layers = self.state.global_step, len(self.trainee.router.layer_names)
         return {
             "noise": gumbel_noise(self.args.seed, step, index, layers),
             "temperature": self.temperatures(step),
+            "hardness": self.args.hardness * self.temperatures.progress(step),
         }
 
     def logged(self) -> dict[str, float]:

@@ -94,9 +94,14 @@ def compiled_step(
     prompt: Prompt,
     noise: torch.Tensor | None,
     prompt_length: torch.Tensor | None = None,
+    hardness: float = 0.0,
 ) -> Step:
     with soft_routes(
-        case.router, temperature=TEMPERATURE, noise=noise, prompt_length=prompt_length
+        case.router,
+        temperature=TEMPERATURE,
+        noise=noise,
+        prompt_length=prompt_length,
+        hardness=hardness,
     ) as soft:
         loss = lm_loss(case.model, prompt)
         shares = soft.shares()

@@ -3,7 +3,7 @@
 In layer ``l``, row ``b``:
 
 ``r = softmax((router_l(pooled query) + noise[b, l]) / temperature)[1]``
-``attention = r * full + (1 - r) * sparse``
+``attention = w * full + (1 - w) * sparse``, with ``w = r`` where nothing is hardened
 
 The pooled query is the layer's query before rotary embedding, as ``tests.router_features`` defines
 what a router reads. Full and sparse attention are the
@@ -40,6 +40,7 @@ class Mixture:
     noise: torch.Tensor | None = None
     prompt_length: torch.Tensor | None = None
     locked: bool = False
+    hardness: float = 0.0
     columns: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def shares(self) -> torch.Tensor:
@@ -120,7 +121,10 @@ def _attention(
     before_rotary = _queries[module].reshape(batch, length, -1, head_dim)
     share = mixture.share(layer, before_rotary, valid)
     mixture.columns[layer] = share
-    weight = share[:, None, None, None]
+    # Straight through: the value of a step, the slope of the share.
+    step = torch.where(share > 0.5, 1.0, 0.0)
+    weight = mixture.hardness * (step + share - share.detach()) + (1 - mixture.hardness) * share
+    weight = weight[:, None, None, None]
     return (weight * full + (1 - weight) * sparse).to(query.dtype), None
 
 
