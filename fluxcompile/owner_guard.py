@@ -1,0 +1,95 @@
+"""Tie a compiled graph to the attachment and the layers that it was compiled for.
+
+A graph takes the model's weights as inputs, so what Dynamo compiled for one model fits another of
+its class and shape, and one decoder layer's graph fits every layer; yet each holds the routers of
+one. The backend therefore adds guards of its own to Dynamo's:
+
+- for each attention, that the weight next to its query still belongs to the same layer of the same
+  attachment (or to none). Another model, a new router, ``detach`` and another layer all fail it,
+  and Dynamo compiles for them as for any new shape. While nothing is attached or detached and the
+  weight is the same object, that is two comparisons and no look-up;
+- that what it compiles for one attachment and the same layers has a ``recompile_limit`` of its own
+  (Dynamo knows the like for modules it matches by identity): decoder layers compiled one by one,
+  and several models, would soon exceed a common one, and run eagerly.
+
+Why not choose the router when the graph is called: a graph for other weights would have to be
+lowered outside Dynamo's tracing, where the shape guards that lowering adds have no effect; and
+little would be shared, as Hugging Face caches make Dynamo trace each decoder layer on its own.
+The graphs of equal layers share Inductor's code through its cache all the same.
+
+Whoever tells PyTorch to skip guards (``guard_filter_fn``, ``skip_guard_eval_unsafe``) skips these.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import Guard, TracingContext
+
+from fluxcompile.attachment import NOBODY, changes, owner_of
+from fluxcompile.passes.site import AttentionSite
+from fluxcompile.recompile_limit import Allowance, allow, allowance_of
+
+
+def guard_owners(
+    gm: fx.GraphModule, sites: Sequence[AttentionSite], example_inputs: Sequence[Any]
+) -> None:
+    """Let Dynamo reuse what becomes of ``gm`` only where the same routers apply.
+
+    Does nothing outside Dynamo's tracing, where nothing is reused.
+    """
+    if TracingContext.try_get() is None or not sites:
+        return
+    from torch._dynamo.guards import install_guard  # imports Triton, so not before it runs
+
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = dict(zip(placeholders, example_inputs, strict=False))
+    weights = [site.weight for site in sites if site.weight is not None] or _any_weight(values)
+    sources = {node: getattr(node, "_dynamo_source", None) for node in weights}
+    same = {node: SameOwner(values[node]) for node, source in sources.items() if source is not None}
+    allowance = allowance_of(tuple(check.owner for check in same.values()))
+    for node, check in same.items():
+        create = functools.partial(_guard, check, allowance)
+        install_guard(Guard(sources[node], create))
+
+
+class SameOwner:
+    """``tensor -> bool``: whether it belongs where the first one did."""
+
+    allowance: Allowance | None = None  # kept for as long as Dynamo keeps the guard
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.owner = owner_of(tensor)
+        self._remember(tensor)
+
+    def __call__(self, tensor: object) -> bool:
+        if self._seen() is tensor and self._changes == changes():
+            return True
+        if not isinstance(tensor, torch.Tensor) or owner_of(tensor) != self.owner:
+            return False
+        self._remember(tensor)
+        return True
+
+    def _remember(self, tensor: torch.Tensor) -> None:
+        self._changes = changes()
+        self._seen = weakref.ref(tensor)
+
+
+def _any_weight(values: dict[fx.Node, Any]) -> list[fx.Node]:
+    """Stands in where no attention is made of a weight in sight: one of the model's parameters."""
+    parameters = [node for node, x in values.items() if isinstance(x, torch.nn.Parameter)]
+    owned = [node for node in parameters if owner_of(values[node]) != NOBODY]
+    return (owned or parameters)[:1]
+
+
+def _guard(check: SameOwner, allowance: Allowance | None, builder: Any, guard: Guard) -> None:
+    reason = f"flux: {guard.name} is of another model or layer, or its router was replaced"
+    builder.get_guard_manager(guard).add_lambda_guard(check, [reason], guard.user_stack)
+    if allowance is not None:
+        check.allowance = allowance
+        allow(builder, allowance)
