@@ -26,8 +26,8 @@ from fluxcompile.route_record import Routes, record_routes, routes_of
 from fluxcompile.router import FluxRouter
 
 __all__ = [
-    "Attachment",
     "NOBODY",
+    "Attachment",
     "Owner",
     "Routes",
     "Tie",

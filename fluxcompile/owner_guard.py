@@ -4,10 +4,10 @@ A graph takes the model's weights as inputs, so what Dynamo compiled for one mod
 its class and shape, and one decoder layer's graph fits every layer; yet each holds the routers of
 one. The backend therefore adds guards of its own to Dynamo's:
 
-- for each attention, that the weight next to its query still belongs to the same layer of the same
-  attachment (or to none). Another model, a new router, ``detach`` and another layer all fail it,
-  and Dynamo compiles for them as for any new shape. While nothing is attached or detached and the
-  weight is the same object, that is two comparisons and no look-up;
+- for each attention, that the weight next to its query belongs to the same layer of the same
+  attachment (or to none): another model and another layer fail it. For a weight seen before that
+  is one comparison;
+- for the graph, once something was attached or detached, that its weights belong there still;
 - that what it compiles for one attachment and the same layers has a ``recompile_limit`` of its own
   (Dynamo knows the like for modules it matches by identity): decoder layers compiled one by one,
   and several models, would soon exceed a common one, and run eagerly.
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import Guard, TracingContext
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxcompile.attachment import NOBODY, changes, owner_of
 from fluxcompile.passes.site import AttentionSite
@@ -52,32 +53,57 @@ def guard_owners(
     weights = [site.weight for site in sites if site.weight is not None] or _any_weight(values)
     sources = {node: getattr(node, "_dynamo_source", None) for node in weights}
     same = {node: SameOwner(values[node]) for node, source in sources.items() if source is not None}
-    allowance = allowance_of(tuple(check.owner for check in same.values()))
+    owners = Owners(tuple(same.values()))
     for node, check in same.items():
-        create = functools.partial(_guard, check, allowance)
+        create = functools.partial(_guard_weight, check)
         install_guard(Guard(sources[node], create))
+    if same:
+        create = functools.partial(_guard_graph, owners, allowance_of(owners.key))
+        install_guard(Guard(next(iter(sources.values())), create))
 
 
 class SameOwner:
     """``tensor -> bool``: whether it belongs where the first one did."""
 
-    allowance: Allowance | None = None  # kept for as long as Dynamo keeps the guard
-
     def __init__(self, tensor: torch.Tensor) -> None:
         self.owner = owner_of(tensor)
-        self._remember(tensor)
+        self._last = weakref.ref(tensor)
+        self._known = WeakIdKeyDictionary({tensor: None})
 
     def __call__(self, tensor: object) -> bool:
-        if self._seen() is tensor and self._changes == changes():
-            return True
+        if self._last() is tensor:
+            return True  # what changes around a known tensor is for `Owners` to see
         if not isinstance(tensor, torch.Tensor) or owner_of(tensor) != self.owner:
             return False
-        self._remember(tensor)
+        self._last = weakref.ref(tensor)
+        self._known[tensor] = None
         return True
 
-    def _remember(self, tensor: torch.Tensor) -> None:
+    def still(self) -> bool:
+        """Whether all tensors that passed so far would pass again."""
+        return all(owner_of(tensor) == self.owner for tensor in list(self._known))
+
+
+class Owners:
+    """``object -> bool``: whether nothing was attached or detached that changes who owns a graph.
+
+    Apart from the weights, as Dynamo may skip guards inside of modules it has met before.
+    """
+
+    allowance: Allowance | None = None  # kept for as long as Dynamo keeps the guard
+
+    def __init__(self, checks: tuple[SameOwner, ...]) -> None:
+        self.key = tuple(check.owner for check in checks)
+        self._checks = checks
         self._changes = changes()
-        self._seen = weakref.ref(tensor)
+
+    def __call__(self, _: object) -> bool:
+        now = changes()
+        if self._changes != now:
+            if not all(check.still() for check in self._checks):
+                return False
+            self._changes = now
+        return True
 
 
 def _any_weight(values: dict[fx.Node, Any]) -> list[fx.Node]:
@@ -87,9 +113,17 @@ def _any_weight(values: dict[fx.Node, Any]) -> list[fx.Node]:
     return (owned or parameters)[:1]
 
 
-def _guard(check: SameOwner, allowance: Allowance | None, builder: Any, guard: Guard) -> None:
-    reason = f"flux: {guard.name} is of another model or layer, or its router was replaced"
-    builder.get_guard_manager(guard).add_lambda_guard(check, [reason], guard.user_stack)
+def _guard_weight(check: SameOwner, builder: Any, guard: Guard) -> None:
+    reason = f"flux: {guard.name} is of another model or layer"
+    _add(builder.get_guard_manager(guard), check, reason, guard)
+
+
+def _guard_graph(owners: Owners, allowance: Allowance | None, builder: Any, guard: Guard) -> None:
+    _add(builder.guard_manager.root, owners, "flux: a router was attached or detached", guard)
     if allowance is not None:
-        check.allowance = allowance
+        owners.allowance = allowance
         allow(builder, allowance)
+
+
+def _add(manager: Any, check: Any, reason: str, guard: Guard) -> None:
+    manager.add_lambda_guard(check, [reason], guard.user_stack)
