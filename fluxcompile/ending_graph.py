@@ -12,6 +12,9 @@ from fluxcompile.errors import RouterError
 class EndingGraph:
     """Holds ``compiled``, and the router's weights in it, for as long as ``tie`` lives."""
 
+    #: no attributes for functools.wraps, hence Dynamo, to copy
+    __slots__ = ("__weakref__", "_compiled")
+
     def __init__(self, compiled: Callable[..., Any], tie: object) -> None:
         self._compiled = compiled
         weakref.finalize(tie, _end, weakref.ref(self)).atexit = False

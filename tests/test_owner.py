@@ -269,7 +269,6 @@ def test_a_model_that_goes_takes_its_code_along(ids, compiled):
     del second, attachment
     gc.collect()
     assert [ref() for ref in gone] == [None, None, None]
-    print([[type(y) for y in gc.get_referrers(r())] for r in held if r()])
     left = [ref for ref in held if ref() is not None]
     assert len(left) == len(held) // 2
     assert routed(first, ids) == "SF"
