@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxcompile.attachment import find, layer_of
+from fluxcompile.attachment import any_attached, find, layer_of
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError, RouterError
 from fluxcompile.options import CompileOptions
@@ -28,6 +28,10 @@ class Planner:
         self.router: FluxRouter | None = options.router or (attachment and attachment.router)
         attached = attachment is not None and self.router is attachment.router
         self.layer_of: LayerOf | None = layer_of if attached else None
+        #: whose router routes the graph, if it is an attached one
+        self.attachment = attachment if attached else None
+        #: what is compiled depends on what is attached to the model
+        self.follows_attachment = options.router is None or attached
         self.layer_names: tuple[str, ...] = self.router.layer_names if self.router else ()
         default = self.router.config if self.router else FluxConfig()
         self.config = options.config or default
@@ -78,7 +82,7 @@ class Planner:
             policies, routers = dict.fromkeys(layers, policy), {}
         for site in sites:
             if self.routes is None:
-                site.not_routed = Skip(SkipReason.NO_ROUTER)
+                site.not_routed = Skip(SkipReason.NO_ROUTER, _who_has_one())
                 continue
             if not self.by_router and _lacks_query(site):
                 site.not_routed = None  # only a router reads the query
@@ -92,6 +96,11 @@ class Planner:
         return RoutingPlan(
             self.config, policies, routers, self._options.strict, retrieval, self.training
         )
+
+    @property
+    def generation(self) -> int:
+        """Of the attachment, 0 for none."""
+        return self.attachment.generation if self.attachment else 0
 
     @property
     def by_router(self) -> bool:
@@ -141,10 +150,21 @@ class Planner:
             return False
         return self.routes != "full"
 
+    def routes_site(self, site: AttentionSite) -> bool:
+        """Whether the site may be anything but full attention."""
+        routed = self.routes not in (None, "full")
+        return routed and site.skip is None and site.not_routed is None
+
     def layer_name(self, site: AttentionSite) -> str:
         if self.layer_names and site.layer is not None:
             return self.layer_names[site.layer]
         return site.path or site.output.name
+
+
+def _who_has_one() -> str:
+    if not any_attached():
+        return ""
+    return "other models of this process have one, which a copy of a model does not take along"
 
 
 def _lacks_query(site: AttentionSite) -> bool:

@@ -38,6 +38,7 @@ def route_io(
         carrier_output=carrier,
         decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
+        generation=planner.generation,
         strict=plan.strict,
     )
 
@@ -57,6 +58,7 @@ def _static_io(
         static=tuple(_takes_full(site, plan) for site in sites),
         decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
+        generation=planner.generation,
         batch_input=batch,
     )
 
