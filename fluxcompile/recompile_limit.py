@@ -65,10 +65,11 @@ def _limit_reached() -> str | None:
     if frame is None:
         return None
     local = types.SimpleNamespace(f_locals=frame.f_locals)
-    size = cache_size.compute_cache_size(local, _cache_entries())
-    if size.num_cache_entries + 1 >= config.accumulated_recompile_limit:
+    entries = _cache_entries()
+    if len(entries) + 1 >= config.accumulated_recompile_limit:
         return "accumulated_recompile_limit"
-    if size.num_cache_entries_with_same_id_matched_objs + 1 >= config.recompile_limit:
+    together = sum(cache_size._has_same_id_matched_objs(local, entry) for entry in entries)
+    if together + 1 >= config.recompile_limit:
         return "recompile_limit"
     return None
 
