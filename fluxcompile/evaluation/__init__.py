@@ -3,7 +3,7 @@
 from fluxcompile.evaluation.as_user import AsUser
 from fluxcompile.evaluation.evaluate import CellResult, Results, evaluate
 from fluxcompile.evaluation.one_graph import OneGraph
-from fluxcompile.evaluation.prompts import Cell, Prompt, heldout_prompts
+from fluxcompile.evaluation.prompts import Cell, Prompt, builtin_prompts
 
 __all__ = [
     "AsUser",
@@ -13,5 +13,5 @@ __all__ = [
     "Prompt",
     "Results",
     "evaluate",
-    "heldout_prompts",
+    "builtin_prompts",
 ]

@@ -53,7 +53,8 @@ def bootstrap(
     """A statistic of column means with its percentile interval.
 
     Each resample draws every stratum's rows again, with replacement; a row stays whole, so columns
-    that belong to one prompt (two routers' losses, say) stay paired.
+    that belong to one prompt (two routers' losses, say) stay paired. Resamples for which there is
+    no value (0 over 0) do not count.
 
     Args:
         strata: ``[n, columns]`` each, one row a prompt.
@@ -76,26 +77,13 @@ def bootstrap(
         rows = torch.randint(len(stratum), (resamples, len(stratum)), generator=generator)
         drawn.append(stratum[rows].mean(dim=1))
     found = statistic(drawn)
+    found = found.where(found.isfinite(), torch.nan)
     tail = (1 - level) / 2
-    low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=found.dtype)).tolist()
+    ends = torch.tensor([tail, 1 - tail], dtype=found.dtype)
+    low, high = torch.nanquantile(found, ends).tolist()
     return Estimate(float(value), low, high)
 
 
 def mean(values: Tensor, **settings) -> Estimate:
     """Mean of ``[n]`` values."""
     return bootstrap([values[:, None]], lambda means: means[0][:, 0], **settings)
-
-
-def ratio(pairs: Sequence[Tensor], **settings) -> Estimate:
-    """Mean of the first column over that of the second, all strata together weighing alike.
-
-    Args:
-        pairs: ``[n, 2]`` each.
-        settings: as :func:`bootstrap` takes them.
-    """
-
-    def over(means: list[Tensor]) -> Tensor:
-        top, bottom = torch.stack(means).mean(dim=0).unbind(dim=-1)
-        return top / bottom
-
-    return bootstrap(pairs, over, **settings)

@@ -26,7 +26,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.backbone import attached, check_trainable, compiled, frozen
 from fluxcompile.training.language_model import LanguageModel
-from fluxcompile.training.patterns import PatternLoss, pinning_noise
+from fluxcompile.training.patterns import pinning_noise
 
 _HARD = 1e-12  # temperature at which only equal logits make a share other than 0 and 1
 
@@ -109,10 +109,6 @@ class OneGraph:
             return self._pinned(prompts, self._decide(prompts))
 
         return run
-
-    def losses(self) -> PatternLoss:
-        """Mean losses of training examples under any pattern, from this same compile."""
-        return PatternLoss(self.router, self.language_model, self.run, self.device)
 
     @torch.no_grad()
     def _decide(self, prompts: Sequence[Prompt]) -> torch.Tensor:

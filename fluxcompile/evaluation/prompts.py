@@ -60,7 +60,7 @@ class Prompt:
 Cells = Mapping[Cell, Sequence[Prompt]]
 
 
-def heldout_prompts(
+def builtin_prompts(
     tokenizer: Any,
     *,
     tasks: Sequence[str] = ALL,
@@ -68,6 +68,7 @@ def heldout_prompts(
     examples: int,
     seed: int = 0,
     style: str = "mixed",
+    split: str = "heldout",
 ) -> dict[Cell, list[Prompt]]:
     """``examples`` prompts a cell, of exactly its length together with their answers.
 
@@ -80,6 +81,7 @@ def heldout_prompts(
         seed: decides everything that is random.
         style: ``"chat"``, ``"plain"``, or ``"mixed"``, the same for all tasks: how a prompt is
             dressed must not tell retrieval from holistic.
+        split: ``"train"`` for prompts to search static patterns with.
 
     Raises:
         DataError: an argument that :func:`builtin_mixture` refuses.
@@ -93,7 +95,7 @@ def heldout_prompts(
                 length=length,
                 examples=examples,
                 seed=seed * _SEEDS_APART + length,
-                split="heldout",
+                split=split,
                 tasks=task,
                 question="last",
                 style=style,

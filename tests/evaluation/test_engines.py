@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(RouterError, match="3 entries, got 2"):
             graph.pattern([1, 0])
         other = FluxRouter.from_model(llama, fluxcompile.FluxConfig(sink=5))
-        with pytest.raises(RouterError, match="sink=4.*sink=5"):
+        with pytest.raises(RouterError, match=r"sink=4.*sink=5"):
             graph.routed(other)
     llama.compile(backend="flux")
     with pytest.raises(TrainingError, match="compile"), AsUser.of(llama, routes="full"):
