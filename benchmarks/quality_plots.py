@@ -9,9 +9,13 @@ import torch
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import Results
 from fluxcompile.evaluation.compare import judged, omega, quality, relative
+from fluxcompile.evaluation.intervals import Estimate
 from quality_contenders import RouterRun, Run
+from quality_static import METHODS
 
-MARKS = {"full": ("*", "black"), "static": ("o", "tab:gray"), "router": ("D", "tab:red")}
+FULL = ("*", "black")
+STATIC = ("o", "s", "^", "v", "P", "X", "<", ">")
+ROUTER = "D"
 PANEL = (5.2, 4.2)  # inches
 
 
@@ -38,29 +42,46 @@ def pareto(runs: Sequence[Run], seed: int, file: Path) -> None:
         panels.append(("code and prose loss / full", "Ω, code and prose", loss, loss))
     figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    styles = _styles(runs)
     for axes, (title, label, cells, compared) in zip(all_axes, panels, strict=True):
         for run in runs:
             if compared is None:
                 found = quality(run.results, full, seed=seed)
             else:
                 found = relative(run.results, full, compared, seed=seed)
-            _point(axes, run, omega(run.results, cells), found)
+            _point(axes, _series(run), styles, omega(run.results, cells), found)
         axes.set(title=title, xlabel=label, xlim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(file, dpi=150)
 
 
-def _point(axes, run: Run, share: float, found) -> None:
-    mark, colour = MARKS[run.kind]
-    below, above = found.value - found.low, found.high - found.value
-    spread = [[max(below, 0)], [max(above, 0)]]
+def _series(run: Run) -> str:
+    """What shares a mark: a recipe's seeds, a method's patterns."""
+    if isinstance(run, RouterRun):
+        return run.source.recipe
+    return run.name.split()[0] if run.name.split()[0] in METHODS else run.name
+
+
+def _styles(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
+    """Mark and colour of every series; routers are filled in colours, patterns are grey."""
+    routers = dict.fromkeys(_series(run) for run in runs if isinstance(run, RouterRun))
+    statics = dict.fromkeys(_series(run) for run in runs[1:] if not isinstance(run, RouterRun))
+    styles = {runs[0].name: FULL}
+    styles |= {name: (STATIC[i % len(STATIC)], "dimgray") for i, name in enumerate(statics)}
+    return styles | {name: (ROUTER, f"C{i % 10}") for i, name in enumerate(routers)}
+
+
+def _point(axes, series: str, styles: dict, share: float, found: Estimate) -> None:
+    mark, colour = styles[series]
+    spread = [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
     axes.errorbar(
-        share, found.value, yerr=spread, fmt=mark, color=colour, capsize=2,
-        markersize=10 if run.kind == "full" else 6, elinewidth=0.8,
+        share, found.value, yerr=spread, fmt=mark, color=colour, label=series, capsize=2,
+        markersize=6, elinewidth=0.8, alpha=0.85, fillstyle="none" if mark in STATIC else "full",
+        zorder=2 if mark in STATIC else 3,
     )  # fmt: skip
-    axes.annotate(
-        run.name, (share, found.value), xytext=(5, 3), textcoords="offset points", fontsize=6
-    )
 
 
 def route_map(runs: Sequence[Run], file: Path) -> None:
@@ -77,6 +98,7 @@ def route_map(runs: Sequence[Run], file: Path) -> None:
         axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=8)
         axes.set_title(f"{run.name}, Ω {omega(run.results):.2f}", fontsize=9)
     all_axes[0].set_ylabel("layer")
+    all_axes[0].yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=list(all_axes), label="share of prompts in full attention")
     figure.savefig(file, dpi=150)
 

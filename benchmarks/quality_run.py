@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import AsUser, OneGraph, Results, evaluate
+from fluxcompile.evaluation.command import counting
 from fluxcompile.evaluation.evaluate import Engine
 from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Cells
@@ -150,10 +150,5 @@ class Bench:
 
     def _evaluate(self, name: str, engine: Engine) -> Results:
         total = sum(map(len, self.cells.values()))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TimeElapsedColumn())  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(name, total=total)
-            return evaluate(
-                engine, self.cells, self.args.batch, lambda n: progress.advance(task, n)
-            )
+        with counting(Console(stderr=True), name, total) as advance:
+            return evaluate(engine, self.cells, self.args.batch, advance)

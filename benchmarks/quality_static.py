@@ -85,7 +85,7 @@ def counterparts(
     search: Search, routers: Sequence[RouterRun], methods: Sequence[str], also: Sequence[int]
 ) -> dict[str, Routes]:
     """Patterns by name, without those that are the same for all methods: none and all sparse."""
-    counts = sorted({*map(lambda run: sparse_layers(run.results), routers), *also}, reverse=True)
+    counts = sorted({*(sparse_layers(run.results) for run in routers), *also}, reverse=True)
     patterns: dict[str, Routes] = {}
     for count in counts:
         if not 0 < count < search.layers:

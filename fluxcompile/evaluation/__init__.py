@@ -12,6 +12,6 @@ __all__ = [
     "OneGraph",
     "Prompt",
     "Results",
-    "evaluate",
     "builtin_prompts",
+    "evaluate",
 ]
