@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ import torch
 import fluxcompile
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run_script(name: str, *arguments: str) -> str:
+    """Run a script as a user does; returns what it prints."""
+    # A script finds its neighbours beside itself, unless this is set.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(FOLDER / name), "--device", "cpu", "--tiny", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return done.stdout
 
 
 @pytest.fixture
@@ -29,12 +39,10 @@ def prefill(monkeypatch):
 
 def test_prefill_script_runs_on_a_cpu(tmp_path):
     file = tmp_path / "prefill.json"
-    command = [
-        sys.executable, str(FOLDER / "prefill.py"), "--device", "cpu", "--tiny",
-        "--lengths", "300", "--peers", "eager", "flux", "flux-router", "--omega", "0.5",
-        "--repeat", "2", "--lowering", "eager", "--json", str(file),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    run_script(
+        "prefill.py", "--lengths", "300", "--peers", "eager", "flux", "flux-router",
+        "--omega", "0.5", "--repeat", "2", "--lowering", "eager", "--json", str(file),
+    )  # fmt: skip
     record = json.loads(file.read_text())
     assert {"date", "commit", "device", "torch", "transformers"} <= record["environment"].keys()
     assert [result["peer"] for result in record["results"]] == [
@@ -109,15 +117,13 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
         router.layers[0].head[-1].bias.copy_(torch.tensor([4.0, 0.0]))
     router.save_pretrained(tmp_path / "router")
     output = tmp_path / "output"
-    command = [
-        sys.executable, str(FOLDER / "quality.py"), "--device", "cpu", "--tiny",
-        "--lowering", "eager", "--lengths", "1536", "--tasks", "needle", "code",
+    shown = run_script(
+        "quality.py", "--lowering", "eager", "--lengths", "1536", "--tasks", "needle", "code",
         "--examples", "2", "--batch", "2", "--search-length", "1536", "--search-examples", "1",
         "--methods", "greedy", "majority", "--router", f"first={tmp_path / 'router'}",
         "--static", "second=1,0", "--output", str(output),
         *([] if importlib.util.find_spec("matplotlib") else ["--no-plots"]),
-    ]  # fmt: skip
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )  # fmt: skip
     record = json.loads((output / "quality.json").read_text())
     assert {"date", "commit", "device"} <= record["environment"].keys()
     runs = {run["name"]: run for run in record["runs"]}
@@ -157,10 +163,7 @@ def test_majority_is_sparse_where_the_router_most_often_is(quality):
 
 def run_kernels(tmp_path, *arguments):
     file = tmp_path / "kernels.json"
-    command = [sys.executable, str(FOLDER / "kernels.py"), "--device", "cpu", "--tiny"]
-    subprocess.run(
-        [*command, "--json", str(file), *arguments], check=True, capture_output=True, text=True
-    )
+    run_script("kernels.py", "--json", str(file), *arguments)
     return json.loads(file.read_text())
 
 
