@@ -12,7 +12,7 @@ checked against the user's on the same prompts first.
 
 To compare at equal Ω, each router gets static counterparts with as many sparse layers as it has on
 average, rounded down in their favour: ``greedy`` (searched on training prompts), ``entropy``,
-``random`` (three), and ``majority``, the layers that the router itself most often makes sparse.
+``random``, and ``majority``, the layers that the router itself most often makes sparse.
 
 The ablation: train routers that differ in one setting and give all of them, seeds under one name:
 

@@ -15,7 +15,6 @@ from fluxcompile.training.baselines import greedy_order, matrix_entropies, rando
 from quality_contenders import RouterRun
 
 METHODS = ("greedy", "entropy", "random", "majority")
-RANDOM = 3  # patterns a count
 _SLACK = 1e-6  # of a number of layers that rounding may have taken away
 
 Routes = tuple[int, ...]
@@ -93,9 +92,8 @@ def counterparts(
         of = f"{count}/{search.layers}"
         for method in methods:
             if method == "random":
-                for seed in range(RANDOM):
-                    routes = random_routes(search.layers, count, search.args.seed + seed)
-                    patterns[f"random {of} #{seed + 1}"] = routes
+                routes = random_routes(search.layers, count, search.args.seed)
+                patterns[f"random {of}"] = routes
             elif method != "majority":
                 patterns[f"{method} {of}"] = getattr(search, method)(count)
     if "majority" in methods:
