@@ -38,7 +38,7 @@ from common import environment, print_table, write_json
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import builtin_prompts
-from fluxcompile.evaluation.prompts import METRICS
+from fluxcompile.evaluation.prompts import METRICS, check_lengths
 from fluxcompile.training.data import ALL
 from quality_contenders import RouterRun, given_patterns, given_routers
 from quality_goals import goals
@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         require_matplotlib()  # before anything takes time
     started = time.perf_counter()
     model, tokenizer = load(args)
+    check_lengths(model, args.lengths)
     routers = given_routers(args.router, args.device)
     patterns = given_patterns(args.static)
     configs = [router.router.config for router in routers] or [

@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from fluxcompile.attachment import attach, attachment_of, detach
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RouterError
+from fluxcompile.evaluation.compiling import no_silent_eager
 from fluxcompile.evaluation.padding import padded, positions
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
 from fluxcompile.model_layers import attention_layers, unwrap
-from fluxcompile.route_record import routes_of
+from fluxcompile.route_record import Routes, routes_of
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.backbone import attached, check_trainable, frozen
 from fluxcompile.training.language_model import LanguageModel
@@ -79,7 +80,7 @@ class AsUser:
         else:
             options |= {"routes": routes, "config": config}
         serving = attached(model, router) if router is not None else _unattached(model)
-        with serving, frozen(model):
+        with no_silent_eager(), serving, frozen(model):
             probe = torch.arange(8, device=next(model.parameters()).device)[None] % 2
             language_model = LanguageModel.of(model).checked(model, probe)
             run = torch.compile(language_model.body, backend="flux", options=options)
@@ -93,8 +94,9 @@ class AsUser:
         device = next(self.model.parameters()).device
         cache = DynamicCache(config=self.model.config)
         ids, mask = padded([prompt.prompt for prompt in prompts], device, left=True)
+        before = routes_of(self.model)
         states = self._call(ids, mask, positions(mask), cache)[:, -1:]
-        full = self._routes(len(prompts))
+        full = self._routes(len(prompts), before)
         targets, valid = padded([prompt.target for prompt in prompts], device)
         if targets.shape[1] > 1:  # the last target is predicted, never read
             mask = torch.cat([mask, valid[:, :-1]], dim=1)
@@ -119,13 +121,18 @@ class AsUser:
         )
         return output.logits if self.language_model.head is None else output.last_hidden_state
 
-    def _routes(self, batch: int) -> torch.Tensor:
-        """bool ``[B, L]``; a layer that is never routed counts as full."""
+    def _routes(self, batch: int, before: Routes | None) -> torch.Tensor:
+        """bool ``[B, L]``; a layer that is never routed counts as full.
+
+        Args:
+            batch: B.
+            before: the routes on record before this prompt, which are not its own.
+        """
         if self.fixed is not None:
             return torch.tensor([self.fixed]).expand(batch, -1)
         found = routes_of(self.model)
-        if found is None or found.fa.shape[0] != batch:
-            got = "none" if found is None else f"{found.fa.shape[0]} rows"
+        if found is None or found is before or found.fa.shape[0] != batch:
+            got = "none" if found in (None, before) else f"{found.fa.shape[0]} rows"
             raise RouterError.mismatch("routes of the last prompt", f"{batch} rows", got)
         columns = {name: found.fa[:, i] for i, name in enumerate(found.layer_names)}
         every = torch.ones_like(found.fa[:, 0])

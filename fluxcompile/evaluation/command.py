@@ -17,7 +17,7 @@ from fluxcompile.evaluation.as_user import AsUser
 from fluxcompile.evaluation.compare import judged, omega, relative
 from fluxcompile.evaluation.evaluate import Results, evaluate
 from fluxcompile.evaluation.intervals import Estimate
-from fluxcompile.evaluation.prompts import METRICS, builtin_prompts
+from fluxcompile.evaluation.prompts import METRICS, builtin_prompts, check_lengths
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.command import load_model
 from fluxcompile.training.data import FORMS
@@ -78,6 +78,7 @@ def run_eval(settings: EvalSettings, console: Console | None = None) -> dict[str
         raise FluxError(f"model {settings.model!r}: expected one with a tokenizer, got none")
     model, router = model.to(device).eval(), router.to(device)
     router.check_model(model)
+    check_lengths(model, settings.lengths)
     cells = builtin_prompts(
         tokenizer,
         tasks=settings.tasks,

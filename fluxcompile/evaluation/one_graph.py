@@ -17,6 +17,7 @@ from torch import nn
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RouterError
+from fluxcompile.evaluation.compiling import no_silent_eager
 from fluxcompile.evaluation.padding import padded
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
@@ -70,7 +71,7 @@ class OneGraph:
         torch._dynamo.reset()
         device = next(model.parameters()).device
         router = FluxRouter.from_model(model, config).to(device)
-        with attached(model, router), frozen(model):
+        with no_silent_eager(), attached(model, router), frozen(model):
             probe = torch.arange(8, device=device)[None] % 2
             language_model = LanguageModel.of(model).checked(model, probe)
             run = compiled(language_model.body, router, lowering=lowering)

@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from fluxcompile.errors import DataError
+from fluxcompile.training.backbone import longest
 from fluxcompile.training.data import ALL, FORMS, builtin_mixture
 from fluxcompile.training.data.frame import frame
 
@@ -105,6 +108,17 @@ def builtin_prompts(
     if not cells:
         raise DataError.mismatch("tasks and lengths", "at least one of each", "none")
     return cells
+
+
+def check_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
+    """Refuse lengths beyond the positions that ``model`` was made for.
+
+    Raises:
+        DataError: naming the longest.
+    """
+    most = longest(model, max(lengths, default=0))
+    if most < max(lengths, default=0):
+        raise DataError.mismatch("lengths", f"at most {most}, the model's positions", max(lengths))
 
 
 def _prompt(tokenizer: Any, item: Mapping[str, Any]) -> Prompt:

@@ -5,9 +5,9 @@ import torch
 
 import fluxcompile
 from fluxcompile import FluxRouter
-from fluxcompile.errors import RouterError, TrainingError
+from fluxcompile.errors import DataError, RouterError, TrainingError
 from fluxcompile.evaluation import AsUser, OneGraph
-from fluxcompile.evaluation.prompts import Prompt
+from fluxcompile.evaluation.prompts import Prompt, check_lengths
 from tests.evaluation import cases
 
 PROMPTS = cases.prompts(6)
@@ -142,7 +142,20 @@ def test_the_model_is_left_as_it_was():
         assert all(parameter.requires_grad for parameter in llama.parameters())
 
 
+def test_a_model_that_falls_back_to_eager_is_not_judged():
+    llama = cases.model()
+    router = FluxRouter.from_model(llama, cases.CONFIG)
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        run(PROMPTS)
+        with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="limit"):
+            run(cases.prompts(2))
+        with torch.compiler.set_stance("force_eager"), pytest.raises(RouterError, match="none"):
+            run(PROMPTS)
+
+
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(DataError, match="at most 256"):
+        check_lengths(cases.model(), [200, 257])
     llama = cases.model()
     with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
         with pytest.raises(RouterError, match="3 entries, got 2"):
