@@ -100,24 +100,44 @@ class Bench:
         given: Mapping[str, tuple[int, ...]],
         label: str,
     ) -> list[StaticRun]:
-        if not serves(config):
-            print(f"no static patterns for {config.sparse} attention: training mode has none")
-            return []
-        runs = []
-        with OneGraph.of(self.model, config, lowering=self.args.lowering) as graph:
-            self._check(graph)
-            layers = len(graph.router.layer_names)
-            search = Search(self.model, self.tokenizer, graph, self.args)
-            patterns = {"all sparse": (0,) * layers} | dict(given)
-            patterns |= counterparts(search, routers, self.args.methods, self.args.sparse_layers)
-            for name, routes in patterns.items():
-                started = time.perf_counter()
-                results = self._evaluate(name + label, graph.pattern(routes))
-                seconds = time.perf_counter() - started
-                runs.append(
-                    StaticRun(name + label, config, results, "graph", seconds, routes=routes)
-                )
-        return runs
+        if serves(config):
+            with OneGraph.of(self.model, config, lowering=self.args.lowering) as graph:
+                self._check(graph)
+                patterns = self._patterns(graph, routers, given)
+                return [
+                    self._static(name + label, config, routes, graph)
+                    for name, routes in patterns.items()
+                ]
+        patterns = self._patterns(None, routers, given)
+        return [
+            self._static(name + label, config, routes, None) for name, routes in patterns.items()
+        ]
+
+    def _patterns(
+        self,
+        graph: OneGraph | None,
+        routers: Sequence[RouterRun],
+        given: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, tuple[int, ...]]:
+        methods = list(self.args.methods)
+        if graph is None and "greedy" in methods:
+            print("no greedy patterns: only streaming attention has one compile for every pattern")
+            methods.remove("greedy")
+        search = Search(self.model, self.tokenizer, graph, self.args)
+        patterns = {"all sparse": (0,) * search.layers} | dict(given)
+        return patterns | counterparts(search, routers, methods, self.args.sparse_layers)
+
+    def _static(
+        self, name: str, config: FluxConfig, routes: tuple[int, ...], graph: OneGraph | None
+    ) -> StaticRun:
+        started = time.perf_counter()
+        if graph is not None:
+            results, through = self._evaluate(name, graph.pattern(routes)), "graph"
+        else:
+            with self._as_user(routes=routes, config=config) as engine:
+                results, through = self._evaluate(name, engine), "user"
+        seconds = time.perf_counter() - started
+        return StaticRun(name, config, results, through, seconds, routes=routes)
 
     def _check(self, graph: OneGraph) -> None:
         """Full attention must score the same through both compiles."""

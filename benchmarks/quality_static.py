@@ -11,6 +11,7 @@ from torch import nn
 
 from fluxcompile.evaluation import OneGraph, Results, builtin_prompts
 from fluxcompile.evaluation.compare import kind_weights, omega
+from fluxcompile.model_layers import attention_layers
 from fluxcompile.training.baselines import greedy_order, matrix_entropies, random_routes
 from quality_contenders import RouterRun
 
@@ -21,13 +22,16 @@ Routes = tuple[int, ...]
 
 
 class Search:
-    """Orders of layers, from the first to be made sparse to the last, on training prompts."""
+    """Orders of layers, from the first to be made sparse to the last, on training prompts.
+
+    Greedy search needs a ``graph``, which serves every pattern.
+    """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, graph: OneGraph, args: argparse.Namespace
+        self, model: nn.Module, tokenizer: Any, graph: OneGraph | None, args: argparse.Namespace
     ) -> None:
         self.model, self.graph, self.args = model, graph, args
-        self.layers = len(graph.router.layer_names)
+        self.layers = len(attention_layers(model))
         self._tokenizer = tokenizer
         self._greedy: list[int] = []
 

@@ -1,7 +1,10 @@
 """The compiled model as a user runs it: a prompt that decides the routes, then what follows it.
 
 The prompt fills a key/value cache in one call; the targets follow in a second call on that cache,
-which keeps the rows' routes. Nothing of an answer is there when its route is decided.
+which keeps the rows' routes. Nothing of an answer is there when its route is decided. With
+streaming attention, where a token reads the same keys in a call of many as in a call of its own,
+this scores what greedy generation says; in other modes the second call is a further piece of
+prompt, as a next turn of a chat is.
 """
 
 import contextlib

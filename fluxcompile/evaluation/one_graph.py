@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import RouterError
+from fluxcompile.errors import ConfigError, RouterError
 from fluxcompile.evaluation.compiling import no_silent_eager
 from fluxcompile.evaluation.padding import padded
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
 from fluxcompile.model_layers import unwrap
-from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.backbone import attached, check_trainable, compiled, frozen
@@ -36,8 +35,12 @@ _KNOWS_PROMPTS = "prompt_length" in inspect.signature(soft_routes).parameters
 
 
 def serves(config: FluxConfig) -> bool:
-    """Whether the training graph can compute what ``config`` routes to."""
-    return config.sparse in DIFFERENTIABLE and config.retrieval == "full"
+    """Whether the training graph computes what a user gets from what ``config`` routes to.
+
+    Streaming attention is the same for a token of a prompt and for one that follows it; of other
+    modes the training graph has none, or would take the answer for the end of the prompt.
+    """
+    return (config.sparse, config.retrieval, config.decode) == ("streaming", "full", "sparse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +67,13 @@ class OneGraph:
         """For ``model`` and the sparse attention of ``config``; frozen meanwhile.
 
         Raises:
+            ConfigError: ``config`` is not one that :func:`serves` accepts.
             TrainingError: ``model`` is compiled already.
         """
+        if not serves(config):
+            raise ConfigError.mismatch(
+                "config", "streaming and full attention, sparse decode", config
+            )
         model = unwrap(model)
         check_trainable(model)
         torch._dynamo.reset()

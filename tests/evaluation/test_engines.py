@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import fluxcompile
 from fluxcompile import FluxRouter
-from fluxcompile.errors import DataError, RouterError, TrainingError
+from fluxcompile.errors import ConfigError, DataError, RouterError, TrainingError
 from fluxcompile.evaluation import AsUser, OneGraph
 from fluxcompile.evaluation.prompts import Prompt, check_lengths
 from tests.evaluation import cases
@@ -49,6 +50,38 @@ def test_full_attention_scores_what_eager_does(engine):
     assert found.exact.tolist() == [exact for _, exact in expected]
     assert found.loss.tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     assert found.full.all()
+
+
+def test_exact_is_what_greedy_generation_says():
+    """Under a router that divides the rows; one token otherwise, and it is not."""
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    said = [_decoded(llama, router, prompt.prompt, 6) for prompt in PROMPTS]
+    generated = [Prompt(p.prompt, tokens) for p, tokens in zip(PROMPTS, said, strict=True)]
+    other = [Prompt(p.prompt, (*p.target[:4], 60 - p.target[4], 3)) for p in generated]
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        found = run(generated)
+        assert 0 < found.full.double().mean() < 1
+        assert found.exact.all()
+        assert not run(other).exact.any()
+
+
+@torch.no_grad()
+def _decoded(llama, router, prompt, n) -> tuple[int, ...]:
+    """``n`` tokens by the compiled model, one at a time."""
+    fluxcompile.attach(llama, router)
+    llama.compile(backend="flux", options={"lowering": "eager", "strict": True})
+    cache, ids, tokens = DynamicCache(config=llama.config), torch.tensor([prompt]), []
+    for _ in range(n):
+        logits = llama(ids, past_key_values=cache, use_cache=True).logits
+        ids = logits[:, -1:].argmax(dim=-1)
+        tokens.append(int(ids))
+        for layer in cache.layers:
+            for buffer in (layer.keys, layer.values):
+                torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    llama._compiled_call_impl = None
+    fluxcompile.detach(llama)
+    return tuple(tokens)
 
 
 @torch.no_grad()
@@ -154,6 +187,9 @@ def test_a_model_that_falls_back_to_eager_is_not_judged():
 
 
 def test_what_does_not_fit_is_refused():
+    triangle = fluxcompile.FluxConfig(sparse="triangle")
+    with pytest.raises(ConfigError, match="triangle"), OneGraph.of(cases.model(), triangle):
+        pass
     with pytest.raises(DataError, match="at most 256"):
         check_lengths(cases.model(), [200, 257])
     llama = cases.model()
