@@ -14,6 +14,7 @@ from fluxcompile.config import FluxConfig
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import AsUser, OneGraph, Results, evaluate
 from fluxcompile.evaluation.command import counting
+from fluxcompile.evaluation.compare import omega
 from fluxcompile.evaluation.evaluate import Engine
 from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Cells
@@ -170,5 +171,9 @@ class Bench:
 
     def _evaluate(self, name: str, engine: Engine) -> Results:
         total = sum(map(len, self.cells.values()))
+        started = time.perf_counter()
         with counting(Console(stderr=True), name, total) as advance:
-            return evaluate(engine, self.cells, self.args.batch, advance)
+            results = evaluate(engine, self.cells, self.args.batch, advance)
+        seconds = time.perf_counter() - started
+        print(f"{name}: Ω {omega(results):.2f}, {total} prompts in {seconds:.0f} s", flush=True)
+        return results
