@@ -140,6 +140,7 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
     goals = {goal["goal"].split()[0]: goal for goal in record["goals"]}
     assert goals["needle"]["met"] is None, "4096 tokens were not run"
     assert goals["quality"]["note"].split(",")[0] in names
+    assert goals["quality"]["met"] is False, "one of the patterns is the router's own"
     assert goals["code"]["met"] is False, "Ω is 0.5"
     assert "MISSED" in shown
     if importlib.util.find_spec("matplotlib"):
