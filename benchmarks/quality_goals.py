@@ -33,7 +33,8 @@ class Verdict:
     Attributes:
         found: with an interval where there is one.
         omega: of the prompts it was found on, where the goal bounds it.
-        met: by the value found (against static patterns: by the whole interval); None where it cannot be judged, for the reason in ``note``.
+        met: by the value found (against static patterns: by the whole interval); None where it
+            cannot be judged, for the reason in ``note``.
     """
 
     router: str
