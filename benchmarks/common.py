@@ -185,7 +185,12 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 
 
 def _git_commit() -> str:
-    """The commit, with ``+`` if the tree differs from it; ``unknown`` outside a checkout."""
+    """What FLUXCOMPILE_COMMIT says (for a copy of a tree); else the checkout's commit.
+
+    With ``+`` if the checkout differs from it; ``unknown`` outside one.
+    """
+    if named := os.environ.get("FLUXCOMPILE_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -195,7 +200,7 @@ def _git_commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FLUXCOMPILE_COMMIT", "unknown")
+        return "unknown"
 
 
 def _version(package: str) -> str | None:

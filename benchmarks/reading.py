@@ -1,4 +1,4 @@
-"""What a decode step cannot be faster than in practice: a kernel that only reads keys and values.
+"""Stands beside a decode step's floor: a plain kernel that only reads the same keys and values.
 
 The bytes over the rate of a large copy leave out what every short kernel pays: it starts, waits for
 its first bytes, and drains. For GPUs: importing this imports Triton.

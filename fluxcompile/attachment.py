@@ -4,6 +4,9 @@ The compile backend sees a model only as the tensors among its graph's inputs, s
 in tables keyed weakly by identity: model -> :class:`Attachment`, and each of its parameters and
 buffers -> (that attachment, layer index). Nothing is stored on the model: its state dict, saved
 files, pickles and copies are what they would be without a router, and a copy is unattached.
+
+Compiled code asks the same tables whether it still belongs to its caller (``owner_guard``), so
+models may be attached, attached anew and detached at any time.
 """
 
 import itertools
@@ -23,16 +26,27 @@ from fluxcompile.route_record import Routes, record_routes, routes_of
 from fluxcompile.router import FluxRouter
 
 __all__ = [
+    "NOBODY",
     "Attachment",
+    "Owner",
     "Routes",
+    "Tie",
+    "any_attached",
     "attach",
     "attachment_of",
+    "changes",
     "detach",
     "find",
     "layer_of",
+    "owner_of",
     "record_routes",
     "routes_of",
+    "tie_of",
 ]
+
+#: the generation of the attachment that a tensor belongs to, and its layer if it is of just one
+Owner = tuple[int, int | None]
+NOBODY: Owner = (0, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +70,28 @@ class Attachment:
         return self.model_ref()
 
 
-_attachments = WeakIdKeyDictionary(ref_type=weakref.ref)  # nn.Module -> Attachment
+class Tie:
+    """Lives exactly as long as one attachment is in force, whoever still holds the attachment."""
+
+
+_attachments = WeakIdKeyDictionary(ref_type=weakref.ref)  # nn.Module -> (Attachment, Tie)
 _owners = WeakIdKeyDictionary()  # Tensor -> (weak reference to Attachment, layer index or None)
 _generations = itertools.count(1)
+_changes = itertools.count(1)
+_last_change = 0
+
+
+def changes() -> int:
+    """A number that differs after every :func:`attach` and :func:`detach`."""
+    return _last_change
 
 
 def attach(model: nn.Module, router: FluxRouter | str | os.PathLike[str]) -> Attachment:
-    """Let ``router`` decide for ``model`` in every later ``torch.compile(model, backend="flux")``.
+    """Let ``router`` decide for ``model`` wherever it is compiled with ``backend="flux"``.
 
-    A router attached before is replaced. Neither the model nor the router is changed or moved.
+    A router attached before is replaced; a model compiled already compiles again at its next call.
+    Compiled code has the router's weights of that time: attach it again when they have changed.
+    Neither the model nor the router is changed or moved.
 
     Args:
         model: the model, or what ``torch.compile`` made of it.
@@ -79,27 +106,21 @@ def attach(model: nn.Module, router: FluxRouter | str | os.PathLike[str]) -> Att
     if not isinstance(router, FluxRouter):
         raise RouterError.mismatch("router", "a FluxRouter or a path", type(router).__name__)
     router.check_model(model)
-    if model._compiled_call_impl is not None:
-        warnings.warn(
-            f"{type(model).__name__} was compiled before this router was attached: what is "
-            "compiled already goes on without it until torch._dynamo.reset()",
-            FluxWarning,
-            stacklevel=2,
-        )
     attachment = Attachment(router, weakref.ref(model), next(_generations))
-    _attachments[model] = attachment
+    _attachments[model] = attachment, Tie()
     _register(attachment)
+    _changed()
     return attachment
 
 
 def detach(model: nn.Module) -> None:
-    """Undo :func:`attach`: later compiles of ``model`` run without a router.
+    """Undo :func:`attach`: ``model``, compiled or not yet, runs full attention from its next call.
 
     Raises:
         RouterError: no router is attached to ``model``.
     """
     model = unwrap(model)
-    attachment = _attachments.pop(model, None)
+    attachment, _ = _attachments.pop(model, (None, None))
     if attachment is None:
         raise RouterError.mismatch(
             "detach", "a model with a router attached", f"a {type(model).__name__} without"
@@ -107,11 +128,17 @@ def detach(model: nn.Module) -> None:
     for tensor, (owner, _) in list(_owners.items()):
         if owner() is attachment:
             del _owners[tensor]
+    _changed()
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """Return what is attached to ``model`` itself (not to a module inside or around it)."""
-    return _attachments.get(unwrap(model))
+    return _attachments.get(unwrap(model), (None, None))[0]
+
+
+def any_attached() -> bool:
+    """Return whether any living model has a router attached."""
+    return len(_attachments) > 0
 
 
 def find(tensors: Iterable[object]) -> Attachment | None:
@@ -125,8 +152,7 @@ def find(tensors: Iterable[object]) -> Attachment | None:
     owners = _owners_of(known)
     if not owners and _attachments:
         # Casting a buffer, assigning a state dict or tying weights puts new tensors in a model.
-        for attachment in list(_attachments.values()):
-            _register(attachment)
+        _register_all()
         owners = _owners_of(known)
     layered = {attachment for attachment, layer in owners if layer is not None}
     candidates = layered or {attachment for attachment, _ in owners}
@@ -141,19 +167,51 @@ def find(tensors: Iterable[object]) -> Attachment | None:
     return candidates.pop() if candidates else None
 
 
+def owner_of(tensor: torch.Tensor) -> Owner:
+    """Return which attachment and which layer ``tensor`` belongs to now, ``NOBODY`` if to none.
+
+    The layer is None for tensors outside the routed layers or shared by several of them.
+    """
+    if tensor not in _owners:
+        _register_all()  # its model may have got it after attach()
+        _owners.setdefault(tensor, (_no_attachment, None))
+    owner, layer = _owners[tensor]
+    attachment = owner()
+    return NOBODY if attachment is None else (attachment.generation, layer)
+
+
 def layer_of(tensor: torch.Tensor) -> int | None:
     """Return the index in ``router.layer_names`` of the layer that ``tensor`` belongs to.
 
-    None if it is of no attached model, outside the routed layers, or shared by several of them;
-    tensors that a model got after :func:`attach` count from the next :func:`find`.
+    None if it is of no attached model, outside the routed layers, or shared by several of them.
     """
-    owner, layer = _owners.get(tensor, (None, None))
-    return layer if owner is not None and owner() is not None else None
+    return owner_of(tensor)[1]
+
+
+def tie_of(attachment: Attachment) -> Tie | None:
+    """Return the tie of ``attachment``, or None if it is no longer in force."""
+    model = attachment.model
+    current, tie = _attachments.get(model, (None, None)) if model is not None else (None, None)
+    return tie if current is attachment else None
+
+
+def _no_attachment() -> None:
+    """Stands for the weak reference of a tensor that is known to be of no attached model."""
+
+
+def _changed() -> None:
+    global _last_change
+    _last_change = next(_changes)
 
 
 def _owners_of(tensors: list[torch.Tensor]) -> list[tuple[Attachment, int | None]]:
     entries = (_owners[tensor] for tensor in tensors if tensor in _owners)
     return [(owner(), layer) for owner, layer in entries if owner() is not None]
+
+
+def _register_all() -> None:
+    for attachment, _ in list(_attachments.values()):
+        _register(attachment)
 
 
 def _register(attachment: Attachment) -> None:

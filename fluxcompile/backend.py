@@ -12,14 +12,18 @@ import torch
 from torch import fx
 
 import fluxcompile.kernels.ops  # noqa: F401  registers torch.ops.flux
+from fluxcompile.attachment import tie_of
+from fluxcompile.ending_graph import EndingGraph
 from fluxcompile.errors import FluxWarning, RewriteError
 from fluxcompile.graph_copy import copy_graph
 from fluxcompile.lowering import lower, routes_example
 from fluxcompile.options import CompileOptions
+from fluxcompile.owner_guard import guard_owners
 from fluxcompile.passes.graph_util import value_of
 from fluxcompile.passes.pipeline import Rewrite, analyse, rewrite
 from fluxcompile.passes.site import Skip, SkipReason
 from fluxcompile.planning import Planner
+from fluxcompile.recompile_limit import warn_of_last_graph
 from fluxcompile.report import GraphReport
 from fluxcompile.route_io import route_io
 from fluxcompile.runtime import CompiledGraph
@@ -78,6 +82,8 @@ def compile_graph(
         refuse_checkpointed(gm)
     gm = copy_graph(gm)
     result = analyse(gm, example_inputs, planner.layer_of, planner.layer_names)
+    if planner.follows_attachment:
+        guard_owners(result.gm, result.sites, example_inputs)
     inputs = list(example_inputs)
     if planner.training is not None:
         run = _train(result, planner, inputs, refuse=reports is None)
@@ -90,7 +96,13 @@ def compile_graph(
         reports.append(GraphReport.of(result, planner))
     else:
         _explain_fallbacks(result, planner, options)
-    return run(lower(gm, inputs, options))
+        if any(planner.routes_site(site) for site in result.sites):
+            warn_of_last_graph()
+    compiled = run(lower(gm, inputs, options))
+    tie = tie_of(planner.attachment) if planner.attachment else None
+    if tie is not None and isinstance(compiled, CompiledGraph | TrainingGraph):
+        return EndingGraph(compiled, tie)
+    return compiled
 
 
 def last_compile_stats() -> dict[str, Any]:

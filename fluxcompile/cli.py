@@ -112,6 +112,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
     ] = False,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of any other field of FluxConfig; repeatable."),
+    ] = None,
+    mixture: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of any other argument of builtin_mixture; repeatable."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of any other training argument; repeatable."),
@@ -136,6 +144,8 @@ def train(
             dtype=dtype.value if dtype else None,
             cpu=cpu,
             tasks=task or (),
+            config=config or (),
+            mixture=mixture or (),
             settings=set_ or (),
             max_steps=steps,
             batch_size=batch_size,

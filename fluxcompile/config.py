@@ -12,14 +12,26 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from fluxcompile.errors import ConfigError
+from fluxcompile.pooling import Pooling
 
 SPARSE_MODES = ("streaming", "xattention", "triangle", "power")
 RETRIEVAL_MODES = ("full", "xattention")
 DECODE_MODES = ("sparse", "dense")
+SEGMENTS = ("joint", "separate")
+HEADS = ("mean", "each")
 BLOCKS = (16, 32, 64, 128)  # tokens a block that the kernels take
 
-_CHOICES = {"sparse": SPARSE_MODES, "retrieval": RETRIEVAL_MODES, "decode": DECODE_MODES}
+_CHOICES = {
+    "sparse": SPARSE_MODES,
+    "retrieval": RETRIEVAL_MODES,
+    "decode": DECODE_MODES,
+    "segments": SEGMENTS,
+    "heads": HEADS,
+}
 _COUNTS = ("sink", "local", "pool_size", "stride", "block", "last")
+# Beyond the paper: at their defaults they are not written, so that such a router's files and hash
+# are what they were before there were such fields.
+_EXTENSIONS = ("prefix_size", "suffix_size", "segments", "heads", "standardize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +52,17 @@ class FluxConfig:
         threshold: XAttention: share of a row's estimated mass its chosen blocks reach, in (0, 1].
         block: XAttention and power: side of a block, 16, 32, 64 or 128; a multiple of ``stride``.
         last: triangle: queries at the end of the prompt that stay dense.
+        prefix_size: valid tokens at the beginning of the prompt that the router reads; None for
+            ``pool_size``. 0 reads the end alone.
+        suffix_size: the same at the end of the prompt. 0 reads the beginning alone.
+        segments: ``"joint"``: the router reads one mean over both ends; a prompt shorter than the
+            two counts each token once. ``"separate"``: the mean of each end, one after the other;
+            in a short prompt the ends overlap.
+        heads: ``"mean"``: the router reads the mean over the query heads; ``"each"``: every head.
+        standardize: features are taken relative to the mean and deviation over a calibration set,
+            which are saved with the router: see :mod:`fluxcompile.training.calibration`.
+
+    The last five are not in the paper, whose router they describe by default.
 
     Raises:
         ConfigError: a field has the wrong type or an impossible value.
@@ -55,6 +78,11 @@ class FluxConfig:
     threshold: float = 0.9
     block: int = 128
     last: int = 128
+    prefix_size: int | None = None
+    suffix_size: int | None = None
+    segments: str = "joint"
+    heads: str = "mean"
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -65,9 +93,10 @@ class FluxConfig:
                 )
         for name in _COUNTS:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_int(value) or value < 1:
                 raise ConfigError.mismatch(f"FluxConfig.{name}", "an int >= 1", f"{value!r}")
         self._check_threshold()
+        self._check_router_features()
         if self.block % self.stride:
             raise ConfigError.mismatch(
                 "FluxConfig.block", f"a multiple of stride ({self.stride})", f"{self.block!r}"
@@ -83,9 +112,40 @@ class FluxConfig:
         # 1 and 1.0 mean the same and must hash the same.
         object.__setattr__(self, "threshold", float(value))
 
+    def _check_router_features(self) -> None:
+        for name in ("prefix_size", "suffix_size"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 0):
+                raise ConfigError.mismatch(
+                    f"FluxConfig.{name}", "an int >= 0, or None for pool_size", f"{value!r}"
+                )
+        if not self.pooling.prefix and not self.pooling.suffix:
+            raise ConfigError.mismatch(
+                "FluxConfig.suffix_size", "an int >= 1 (prefix_size is 0)", "0"
+            )
+        if not isinstance(self.standardize, bool):
+            raise ConfigError.mismatch(
+                "FluxConfig.standardize", "True or False", f"{self.standardize!r}"
+            )
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which mean queries the router reads."""
+        sizes = (self.prefix_size, self.suffix_size)
+        prefix, suffix = (self.pool_size if size is None else size for size in sizes)
+        return Pooling(prefix, suffix, self.segments == "separate", self.heads == "each")
+
     def to_dict(self) -> dict[str, Any]:
-        """Return every field, JSON types only, in declaration order."""
-        return dataclasses.asdict(self)
+        """Return the fields, JSON types only, in declaration order.
+
+        Of the fields that are not in the paper, only those that differ from their default.
+        """
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _EXTENSIONS or value != default[name]
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -125,3 +185,7 @@ class FluxConfig:
         """Return a hex digest of the fields, equal in every process and Python version."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

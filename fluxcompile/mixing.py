@@ -24,6 +24,21 @@ def full_share(
     return ((logits + noise) / temperature).softmax(dim=-1)[:, 1]
 
 
+def harden(share: torch.Tensor, hardness: torch.Tensor) -> torch.Tensor:
+    """The weight that a row is mixed with: its share, drawn towards the 0 or 1 it is nearer to.
+
+    At hardness 1 the forward pass is what inference computes (with noise), while the gradient is
+    still the share's: the straight-through estimator. At 0 the weight is the share, as in the
+    paper.
+
+    Args:
+        share: fp32 ``[B]``.
+        hardness: fp32 ``[]``, in [0, 1].
+    """
+    rounded = (share > 0.5).to(share.dtype)
+    return share + (hardness * (rounded - share)).detach()
+
+
 def mix(full: torch.Tensor, sparse: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """``share * full + (1 - share) * sparse``, exactly one of the two where the share is 1 or 0.
 

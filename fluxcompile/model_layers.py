@@ -113,6 +113,33 @@ def head_dim_of(model: nn.Module, path: str) -> int | None:
     return hidden // heads if _is_int(hidden) and _is_int(heads) and heads else None
 
 
+def heads_of(model: nn.Module, path: str) -> int | None:
+    """Return the number of query heads of the attention at ``path``; None if nothing tells it."""
+    module = model.get_submodule(path)
+    config = getattr(module, "config", None) or text_config(model)
+    for owner, name in ((module, "num_heads"), (config, "num_attention_heads")):
+        value = getattr(owner, name, None)
+        if _is_int(value):
+            return value
+    return None
+
+
+def same_heads(model: nn.Module, paths: Sequence[str]) -> int:
+    """Return the number of query heads that the attentions at ``paths`` have.
+
+    Raises:
+        RouterError: nothing tells it, or they differ.
+    """
+    found = {path: heads_of(model, path) for path in paths}
+    if len(set(found.values())) != 1 or None in found.values():
+        raise RouterError.mismatch(
+            f"query heads of {type(model).__name__}",
+            "a num_attention_heads in the model's config, the same in every layer, or heads= given",
+            found,
+        )
+    return found[paths[0]]
+
+
 def backbone_of(model: nn.Module) -> dict[str, int | str]:
     """Return the dimensions and type in the model's config, as far as it has any."""
     config = text_config(model)

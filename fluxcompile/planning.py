@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxcompile.attachment import find, layer_of
+from fluxcompile.attachment import any_attached, find, layer_of
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError, RouterError
 from fluxcompile.options import CompileOptions
@@ -28,6 +28,10 @@ class Planner:
         self.router: FluxRouter | None = options.router or (attachment and attachment.router)
         attached = attachment is not None and self.router is attachment.router
         self.layer_of: LayerOf | None = layer_of if attached else None
+        #: whose router routes the graph, if it is an attached one
+        self.attachment = attachment if attached else None
+        #: what is compiled depends on what is attached to the model
+        self.follows_attachment = options.router is None or attached
         self.layer_names: tuple[str, ...] = self.router.layer_names if self.router else ()
         default = self.router.config if self.router else FluxConfig()
         self.config = options.config or default
@@ -67,6 +71,7 @@ class Planner:
                 raise OptionError(
                     f'routes: expected a router for "{self.routes}", got none attached'
                 )
+            self._check_features()
             self._check_dims(sites)
             policies = dict.fromkeys(layers, Policy.ROUTER)
             routers = {layer: self.router.layers[layer] for layer in layers}
@@ -77,7 +82,7 @@ class Planner:
             policies, routers = dict.fromkeys(layers, policy), {}
         for site in sites:
             if self.routes is None:
-                site.not_routed = Skip(SkipReason.NO_ROUTER)
+                site.not_routed = Skip(SkipReason.NO_ROUTER, _who_has_one())
                 continue
             if not self.by_router and _lacks_query(site):
                 site.not_routed = None  # only a router reads the query
@@ -93,6 +98,11 @@ class Planner:
         )
 
     @property
+    def generation(self) -> int:
+        """Of the attachment, 0 for none."""
+        return self.attachment.generation if self.attachment else 0
+
+    @property
     def by_router(self) -> bool:
         return self.routes in ("router", "locked")
 
@@ -106,6 +116,20 @@ class Planner:
             )
         return {layer: Policy.FULL if self.routes[layer] else Policy.SPARSE for layer in layers}
 
+    def _check_features(self) -> None:
+        """Options may say how many tokens a router reads, not what it makes of them."""
+        for name in ("segments", "heads", "standardize"):
+            trained, asked = (getattr(config, name) for config in (self.router.config, self.config))
+            if trained != asked:
+                raise RouterError.mismatch(
+                    f"FluxConfig.{name} of the options", f"{trained!r} (the router's)", f"{asked!r}"
+                )
+        trained, asked = (len(c.pooling.ends) for c in (self.router.config, self.config))
+        if trained != asked:
+            raise RouterError.mismatch(
+                "ends read by FluxConfig of the options", f"{trained} (the router's)", asked
+            )
+
     def _check_dims(self, sites: Sequence[AttentionSite]) -> None:
         for site in sites:
             head_dim = site.q_shape[3] if site.skip is None else self.router.head_dim
@@ -113,6 +137,10 @@ class Planner:
                 raise RouterError.mismatch(
                     f"router's head_dim for {site.path}", head_dim, self.router.head_dim
                 )
+            expected = self.router.heads
+            heads = site.q_shape[1] if site.skip is None else expected
+            if site.layer is not None and expected is not None and heads != expected:
+                raise RouterError.mismatch(f"router's heads for {site.path}", heads, expected)
 
     def expects(self, site: AttentionSite) -> bool:
         """False where full attention is what the user asked for or what is simply right."""
@@ -122,10 +150,21 @@ class Planner:
             return False
         return self.routes != "full"
 
+    def routes_site(self, site: AttentionSite) -> bool:
+        """Whether the site may be anything but full attention."""
+        routed = self.routes not in (None, "full")
+        return routed and site.skip is None and site.not_routed is None
+
     def layer_name(self, site: AttentionSite) -> str:
         if self.layer_names and site.layer is not None:
             return self.layer_names[site.layer]
         return site.path or site.output.name
+
+
+def _who_has_one() -> str:
+    if not any_attached():
+        return ""
+    return "other models of this process have one, which a copy of a model does not take along"
 
 
 def _lacks_query(site: AttentionSite) -> bool:

@@ -38,6 +38,7 @@ def route_io(
         carrier_output=carrier,
         decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
+        generation=planner.generation,
         strict=plan.strict,
     )
 
@@ -57,6 +58,7 @@ def _static_io(
         static=tuple(_takes_full(site, plan) for site in sites),
         decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
+        generation=planner.generation,
         batch_input=batch,
     )
 
@@ -76,7 +78,7 @@ def _takes_full(site: AttentionSite, plan: RoutingPlan) -> bool:
 
 
 def append_output(gm: fx.GraphModule, columns: list[fx.Node]) -> None:
-    """Add ``columns``, each ``[B]``, to the graph's outputs as one ``[B, len(columns)]``."""
+    """Add ``columns``, each ``[B, ...]``, to the graph's outputs as ``[B, len(columns), ...]``."""
     output = next(iter(reversed(gm.graph.nodes)))
     with gm.graph.inserting_before(output):
         stacked = gm.graph.call_function(torch.stack, (columns,), {"dim": 1})

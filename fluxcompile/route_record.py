@@ -1,7 +1,8 @@
 """The last prompt's routes of each model.
 
 Recorded by the runtime under any one tensor of the model, weakly and by identity, so that a model
-compiled without an attachment has its record too and none outlives its model.
+compiled without an attachment has its record too and none outlives its model. Layers that are
+compiled one by one leave one record each.
 """
 
 import itertools
@@ -59,18 +60,37 @@ class Routes:
         return "\n".join(lines)
 
 
-_records = WeakIdKeyDictionary()  # Tensor -> (order of recording, Routes)
+_records = WeakIdKeyDictionary()  # Tensor -> (order of recording, attachment, Routes)
 _order = itertools.count()
 
 
-def record_routes(key: torch.Tensor, routes: Routes) -> None:
-    """Keep ``routes`` as the last ones of the model that ``key``, a parameter or buffer, is of."""
-    _records[key] = (next(_order), routes)
+def record_routes(key: torch.Tensor, routes: Routes, generation: int = 0) -> None:
+    """Keep ``routes`` as the last ones of the model that ``key``, a parameter or buffer, is of.
+
+    ``generation`` is that of the attachment whose router decided, 0 for none.
+    """
+    _records[key] = (next(_order), generation, routes)
 
 
 def routes_of(model: nn.Module) -> Routes | None:
-    """Return the routes recorded last under any parameter or buffer of ``model``, or None."""
+    """Return the routes recorded last under the parameters and buffers of ``model``, or None.
+
+    Records of different layers make one, if the same attachment and batch size left them.
+    """
     model = unwrap(model)
     tensors = [*model.parameters(), *model.buffers()]
     records = [_records[tensor] for tensor in tensors if tensor in _records]
-    return max(records, key=lambda record: record[0])[1] if records else None
+    if not records:
+        return None
+    _, generation, newest = max(records, key=lambda record: record[0])
+    columns: dict[str, tuple[int, torch.Tensor]] = {}
+    for order, owner, routes in records:
+        if owner != generation or len(routes.fa) != len(newest.fa):
+            continue
+        for column, name in enumerate(routes.layer_names):
+            if order >= columns.get(name, (order,))[0]:
+                columns[name] = order, routes.fa[:, column]
+    if set(columns) == set(newest.layer_names):
+        return newest
+    fa = [column.to(newest.fa.device) for _, column in columns.values()]
+    return Routes(torch.stack(fa, dim=1), tuple(columns))

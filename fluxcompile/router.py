@@ -29,12 +29,15 @@ class FluxRouter(
         config: the :class:`FluxConfig` the router decides for.
         layer_names: module path of each layer, such as ``"model.layers.3.self_attn"``.
         head_dim: size of one attention head, the same in every layer.
+        heads: query heads of a layer, if the router reads each of them (``config.heads``);
+            otherwise None.
         base_model: name of the model it belongs to, if known.
         backbone: dimensions of that model, compared with a model's config on attaching.
         layers: the :class:`LayerRouter` of each name, in order.
 
     Raises:
-        RouterError: no or repeated layer names, or a head dimension below 1.
+        RouterError: no or repeated layer names, a head dimension below 1, or ``heads`` missing
+            or of no use.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class FluxRouter(
         *,
         layer_names: Sequence[str],
         head_dim: int,
+        heads: int | None = None,
         base_model: str | None = None,
         backbone: Mapping[str, int | str] | None = None,
     ) -> None:
@@ -51,12 +55,17 @@ class FluxRouter(
         if not isinstance(config, FluxConfig):
             raise ConfigError.mismatch("config", "a FluxConfig", f"{config!r}")
         router_io.check_fields(layer_names, head_dim, base_model, backbone or {})
+        router_io.check_heads(heads, config)
         self.config = config
         self.layer_names = tuple(layer_names)
         self.head_dim = head_dim
+        self.heads = heads
         self.base_model = base_model
         self.backbone = dict(backbone or {})
-        self.layers = nn.ModuleList(LayerRouter(head_dim) for _ in self.layer_names)
+        features = config.pooling.features(head_dim, heads)
+        self.layers = nn.ModuleList(
+            LayerRouter(head_dim, features, config.standardize) for _ in self.layer_names
+        )
 
     def extra_repr(self) -> str:
         return f"base_model={self.base_model!r}, head_dim={self.head_dim}, config={self.config}"
@@ -69,6 +78,7 @@ class FluxRouter(
         *,
         layers: Sequence[str] | None = None,
         head_dim: int | None = None,
+        heads: int | None = None,
     ) -> Self:
         """Make an untrained router, which routes to full attention, for ``model``.
 
@@ -78,9 +88,12 @@ class FluxRouter(
             layers: module paths of the attention layers, in order. None finds them: see
                 :func:`fluxcompile.model_layers.attention_layers`.
             head_dim: size of one head, where the modules of ``layers`` do not tell.
+            heads: query heads of a layer, where the model does not tell; only for a ``config``
+                that reads each of them.
 
         Raises:
-            RouterError: no attention layer found, or head dimensions missing or differing.
+            RouterError: no attention layer found, or head dimensions or numbers of heads missing
+                or differing.
         """
         model = model_layers.unwrap(model)
         if layers is None:
@@ -93,10 +106,13 @@ class FluxRouter(
                 "the same in every attention layer (choose layers= that share one)",
                 head_dims,
             )
+        if heads is None and isinstance(config, FluxConfig) and config.pooling.each_head:
+            heads = model_layers.same_heads(model, tuple(head_dims))
         return cls(
             config,
             layer_names=tuple(head_dims),
             head_dim=next(iter(head_dims.values())),
+            heads=heads,
             base_model=model_layers.base_model_of(model),
             backbone=model_layers.backbone_of(model),
         )
@@ -118,6 +134,11 @@ class FluxRouter(
             if head_dim not in (None, self.head_dim):
                 raise RouterError.mismatch(
                     f"head_dim of {name!r}", f"{self.head_dim} (the router's)", head_dim
+                )
+            heads = None if self.heads is None else model_layers.heads_of(model, name)
+            if heads not in (None, self.heads):
+                raise RouterError.mismatch(
+                    f"query heads of {name!r}", f"{self.heads} (the router's)", heads
                 )
         actual = model_layers.backbone_of(model)
         for key, expected in self.backbone.items():

@@ -1,7 +1,9 @@
 """Reading and writing a router's files, with every byte of input checked.
 
 A saved router is a directory with ``config.json`` (what :func:`save` writes, no key more or less)
-and ``model.safetensors`` (fp32 weights named ``layers.{i}.{encoder,head}.{j}.{weight,bias}``).
+and ``model.safetensors`` (fp32 weights named ``layers.{i}.{encoder,head}.{j}.{weight,bias}``, and
+of a router that standardises ``layers.{i}.{feature_mean,feature_deviation}``). ``heads`` is there
+only if the router reads each head.
 ``config.json`` carries the digest of the weights, so files of two different saves never pass as one
 router.
 """
@@ -46,6 +48,7 @@ _KEYS = (
     "flux",
     "weights_sha256",
 )
+_OPTIONAL_KEYS = ("heads",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -71,6 +74,7 @@ def save(router: "FluxRouter", directory: Path, card: str) -> None:
         "base_model": router.base_model,
         "backbone": router.backbone,
         "head_dim": router.head_dim,
+        **({} if router.heads is None else {"heads": router.heads}),
         "layer_names": list(router.layer_names),
         "flux": router.config.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -132,7 +136,11 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise RouterError.mismatch(
             str(weights_path), "a safetensors file", f"{type(error).__name__}: {error}"
         ) from error
-    check_weights(weights, len(fields["layer_names"]), fields["head_dim"], str(weights_path))
+    config, head_dim = fields["config"], fields["head_dim"]
+    shapes = LayerRouter.shapes(
+        head_dim, config.pooling.features(head_dim, fields["heads"]), config.standardize
+    )
+    check_weights(weights, len(fields["layer_names"]), head_dim, str(weights_path), shapes)
     return fields, weights
 
 
@@ -177,10 +185,34 @@ def check_fields(
         raise RouterError.mismatch("backbone", "a mapping to ints and strings", f"{backbone!r}")
 
 
+def check_heads(heads: object, config: FluxConfig) -> None:
+    """Check the number of query heads that a router records.
+
+    Raises:
+        RouterError: it is missing, has no use, or is no number of heads.
+    """
+    if config.pooling.each_head:
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+            raise RouterError.mismatch("heads (the router reads each)", "an int >= 1", f"{heads!r}")
+    elif heads is not None:
+        raise RouterError.mismatch("heads (the router reads their mean)", "None", f"{heads!r}")
+
+
 def check_weights(
-    weights: Mapping[str, torch.Tensor], layers: int, head_dim: int, where: str
+    weights: Mapping[str, torch.Tensor],
+    layers: int,
+    head_dim: int,
+    where: str,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Check names, shapes, dtype and finiteness of a router's state dict.
+
+    Args:
+        weights: by name.
+        layers: how many layer routers there are.
+        head_dim: of each.
+        where: they are from.
+        shapes: of one layer router; None for the paper's.
 
     Raises:
         RouterError: naming ``where``, the weight, and what was expected of it.
@@ -188,7 +220,7 @@ def check_weights(
     expected = {
         f"layers.{layer}.{name}": shape
         for layer in range(layers)
-        for name, shape in LayerRouter.shapes(head_dim).items()
+        for name, shape in (shapes or LayerRouter.shapes(head_dim)).items()
     }
     if weights.keys() != expected.keys():
         missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
@@ -206,6 +238,9 @@ def check_weights(
                 f"{tuple(found.shape)} {found.dtype}",
             )
     check_finite(weights, where)
+    for name, tensor in weights.items():
+        if name.endswith(".feature_deviation") and not (tensor > 0).all():
+            raise RouterError.mismatch(f"{name} in {where}", "values > 0", f"{float(tensor.min())}")
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -234,15 +269,21 @@ def _parse(record: dict[str, Any], path: Path) -> dict[str, Any]:
     version = record.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise RouterError.mismatch(f"format_version of {path}", FORMAT_VERSION, f"{version!r}")
-    if record.keys() != set(_KEYS):
-        missing, unknown = set(_KEYS) - record.keys(), record.keys() - set(_KEYS)
+    if record.keys() - set(_OPTIONAL_KEYS) != set(_KEYS):
+        missing, unknown = (
+            set(_KEYS) - record.keys(),
+            record.keys() - set(_KEYS) - set(_OPTIONAL_KEYS),
+        )
         raise RouterError.mismatch(
             f"keys of {path}", list(_KEYS), f"missing {some(missing)}, unknown {some(unknown)}"
         )
     fields = {key: record[key] for key in ("layer_names", "head_dim", "base_model", "backbone")}
     try:
         check_fields(**fields)
-        return {**fields, "config": FluxConfig.from_dict(record["flux"])}
+        config = FluxConfig.from_dict(record["flux"])
+        heads = record.get("heads")
+        check_heads(heads, config)
+        return {**fields, "heads": heads, "config": config}
     except (RouterError, ConfigError) as error:
         raise RouterError(f"{path}: {error}") from error
 

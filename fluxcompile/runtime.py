@@ -61,6 +61,7 @@ class RouteIO:
         static: routes that hold whatever the prompt is, one bool a layer, or None.
         model_key: position among the inputs of a parameter of the model, or None.
         batch_input: position of an input whose first axis is the batch, or None.
+        generation: of the attachment that the graph was compiled for, 0 for none.
         strict: raise where a cache's routes are lost.
     """
 
@@ -73,6 +74,7 @@ class RouteIO:
     static: tuple[bool, ...] | None = None
     model_key: int | None = None
     batch_input: int | None = None
+    generation: int = 0
     strict: bool = False
 
     @property
@@ -137,12 +139,12 @@ class CompiledGraph:
         if carrier is not None:
             _routes_of_cache[carrier] = KeptRoutes(io.layers, routes, _version_of(carrier))
         if io.decides and io.model_key is not None:
-            record_routes(inputs[io.model_key], Routes(routes, io.layer_names))
+            record_routes(inputs[io.model_key], Routes(routes, io.layer_names), io.generation)
 
     def _record_static(self, inputs: Sequence[Any]) -> None:
         io = self._io
         routes = torch.tensor([io.static]).expand(inputs[io.batch_input].shape[0], -1)
-        record_routes(inputs[io.model_key], Routes(routes, io.layer_names))
+        record_routes(inputs[io.model_key], Routes(routes, io.layer_names), io.generation)
 
 
 def _version_of(tensor: torch.Tensor) -> int | None:

@@ -27,9 +27,13 @@ class TrainingIO:
 
     Attributes:
         router: the live router.
-        soft: the graph takes the temperature and the noise.
+        soft: the graph takes temperature, noise and hardness.
+        prompts: the graph takes the lengths of the prompts.
         tensors: the router tensors that the graph takes.
-        layers: the columns of the graph's last output, fp32 ``[B, len(layers)]``.
+        layers: the columns of the graph's shares, its last output or last but one,
+            fp32 ``[B, len(layers)]``.
+        features: the graph's last output is what those layers' routers read, fp32
+            ``[B, len(layers), F]``.
         fixed: layers that are full attention whatever their router says.
         batch: the batch size, or the input (and its axis, if a tensor) that has it.
         device: where the graph computes.
@@ -37,8 +41,10 @@ class TrainingIO:
 
     router: FluxRouter
     soft: bool
+    prompts: bool
     tensors: tuple[RouterTensor, ...]
     layers: tuple[int, ...]
+    features: bool
     fixed: tuple[int, ...]
     batch: int | tuple[int, int | None]
     device: torch.device
@@ -49,12 +55,18 @@ class TrainingIO:
         Raises:
             RouterError: the router is on another device, or noise or temperature do not fit.
         """
-        found = [self._tensor(name) for name in self.tensors]
+        active = active_soft_routes(self.router)
+        found: list[torch.Tensor] = []
         if self.soft:
-            soft = active_soft_routes(self.router)
-            noise = soft.noise_on(self.device, self._batch_of(traced))
-            found = [soft.temperature_on(self.device), noise, *found]
-        return found
+            noise = active.noise_on(self.device, self._batch_of(traced))
+            found += [
+                active.temperature_on(self.device),
+                noise,
+                active.hardness_on(self.device),
+            ]
+        if self.prompts:
+            found.append(active.prompt_length_on(self.device, self._batch_of(traced)))
+        return [*found, *(self._tensor(name) for name in self.tensors)]
 
     def examples(self, batch: int | torch.SymInt) -> list[torch.Tensor]:
         """Stand-ins for :meth:`inputs` to compile with, under Dynamo's fake mode.
@@ -72,7 +84,9 @@ class TrainingIO:
         found = []
         if self.soft:
             noise = torch.empty(batch, len(self.router.layer_names), 2, **on)
-            found = [torch.empty((), **on), noise]
+            found = [torch.empty((), **on), noise, torch.empty((), **on)]
+        if self.prompts:
+            found.append(torch.empty(batch, dtype=torch.int64, device=self.device))
         for name in self.tensors:
             live = self._tensor(name)
             like = torch.empty(live.shape, dtype=live.dtype, device=live.device)
@@ -108,6 +122,9 @@ class TrainingGraph:
         outputs = self._compiled(*inputs, *io.inputs(inputs))
         soft = active_soft_routes(io.router)
         if io.layers:
+            if io.features:
+                *outputs, features = outputs
+                soft.leave_features(io.layers, features)
             *outputs, shares = outputs
             soft.leave(io.layers, shares)
         soft.leave(io.fixed, None)
@@ -117,7 +134,7 @@ class TrainingGraph:
 def prepare_training(
     result: Rewrite, planner: Planner
 ) -> tuple[TrainingIO, list[torch.Tensor]] | None:
-    """Add the shares output to the graph, and describe what the runtime passes in and takes off.
+    """Add the graph's outputs, and describe what the runtime passes in and takes off.
 
     Returns:
         The description and stand-ins for the graph's additional inputs; None where the graph has
@@ -128,6 +145,8 @@ def prepare_training(
         return None
     if source.layers:
         append_output(result.gm, source.shares)
+    if source.features:
+        append_output(result.gm, source.features)
     batch, example = source.batch, source.batch
     if not isinstance(batch, int):
         node, axis = batch
@@ -137,8 +156,10 @@ def prepare_training(
     io = TrainingIO(
         router=planner.router,
         soft=source.noise is not None,
+        prompts=source.prompt_length is not None,
         tensors=tuple(source.tensors),
         layers=tuple(source.layers),
+        features=bool(source.features),
         fixed=tuple(source.fixed),
         batch=batch,
         device=source.device,

@@ -30,7 +30,7 @@ from fluxcompile.kernels.host_flag.op import await_flag, send_flag
 from fluxcompile.kernels.masks import flags, key_masks
 from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
-from fluxcompile.kernels.router.op import route_rows
+from fluxcompile.kernels.router.op import route_features, route_rows
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
 from fluxcompile.kernels.streaming.backward.op import differentiable_full, differentiable_streaming
@@ -45,6 +45,7 @@ __all__ = [
     "mask_bounds",
     "power_attention",
     "read_mask",
+    "route_features",
     "route_rows",
     "send_flag",
     "streaming_attention",

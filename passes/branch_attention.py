@@ -34,7 +34,7 @@ def branch_attention(
     """Rewrite every site that may be rewritten; returns the routes the graph makes or needs."""
     emitter = Emitter(gm)
     masks = MaskOperandCache(emitter)
-    routes = RouteSource(emitter, masks)
+    routes = RouteSource(emitter, masks, plan.config.pooling)
     for site in sites:
         if site.skip is not None:
             site.became = "left alone"
@@ -122,7 +122,7 @@ def _decode(
 ) -> fx.Node:
     route = None
     if policy is Policy.ROUTER:
-        route = routes.route(site, plan.routers[site.layer], plan.config.pool_size)
+        route = routes.route(site, plan.routers[site.layer])
     sparse = policy is not Policy.FULL and plan.config.decode == "sparse"
     bounds, valid = masks.decode(site, plan.config.sink, plan.config.local, sparse)
     site.became = {
@@ -162,7 +162,7 @@ def _prefill(
         return _emit(branch(dense), emitter, site)
     route = None
     if policy is Policy.ROUTER:
-        route = routes.route(site, plan.routers[site.layer], config.pool_size)
+        route = routes.route(site, plan.routers[site.layer])
     sparse = "full" if is_full(config.sparse, site, config) else config.sparse
     if policy is Policy.SPARSE or sparse == dense:
         site.became = "full (short enough to be equal)" if sparse == "full" else sparse

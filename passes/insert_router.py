@@ -11,29 +11,43 @@ import copy
 import torch
 from torch import fx
 
-from fluxcompile.layer_router import LayerRouter
+from fluxcompile.layer_router import LayerRouter, standardized
 from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import value_of
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.site import AttentionSite, CacheKind
-from fluxcompile.router_pooling import pick_tokens, pool_positions
+from fluxcompile.pooling import Pooling
+from fluxcompile.router_pooling import pick_tokens, pool_positions, pool_tokens
 
 #: name of the graph input that brings the rows' routes from the prefill, bool [batch, routed]
 ROUTES_INPUT = "flux_routes"
+#: a router's buffers that standardise its features
+SCALE = ("feature_mean", "feature_deviation")
 
 
 class RouterReader:
-    """Where a site's router reads: the query, and the tokens of it with their weights."""
+    """Where a site's router reads: the query, and the tokens of it with their weights.
 
-    def __init__(self, emitter: Emitter, masks: MaskOperandCache) -> None:
+    Args:
+        pooling: what all of the graph's routers read.
+    """
+
+    def __init__(self, emitter: Emitter, masks: MaskOperandCache, pooling: Pooling) -> None:
         self._emitter = emitter
         self._masks = masks
+        self._pooling = pooling
         self._positions: dict[MaskOperands, tuple[fx.Node, fx.Node]] = {}
 
-    def read(self, site: AttentionSite, pool_size: int) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """The query as ``[B, H, S, D]``, token indices and token weights ``[B, T]``."""
+    def read(
+        self, site: AttentionSite, prompt_length: fx.Node | None = None
+    ) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The query as ``[B, H, S, D]``, token indices and token weights ``[B, T]``.
+
+        Args:
+            prompt_length: a graph input int64 ``[B]``, where the row holds more than its prompt.
+        """
         query = self._query(site)
-        return query, *self._pool_positions(query, self._masks.prefill(site), pool_size)
+        return query, *self._pool_positions(query, self._masks.prefill(site), prompt_length)
 
     def _query(self, site: AttentionSite) -> fx.Node:
         if site.tap_axes == (0, 1, 2, 3):
@@ -42,12 +56,14 @@ class RouterReader:
             return self._emitter.method("permute", site.query_tap, *site.tap_axes)
 
     def _pool_positions(
-        self, query: fx.Node, masks: MaskOperands, pool_size: int
+        self, query: fx.Node, masks: MaskOperands, prompt_length: fx.Node | None
     ) -> tuple[fx.Node, fx.Node]:
         if masks not in self._positions:
             valid = [] if masks.key_valid is None else [masks.key_valid]
             with self._emitter.after(query, *valid):
-                positions = self._emitter.call(pool_positions, (query, masks.key_valid, pool_size))
+                limits = () if prompt_length is None else (prompt_length,)
+                arguments = (query, masks.key_valid, self._pooling, *limits)
+                positions = self._emitter.call(pool_positions, arguments)
                 index, weight = (self._emitter.item(positions, i) for i in range(2))
             self._positions[masks] = index, weight
         return self._positions[masks]
@@ -60,16 +76,17 @@ class RouteSource:
     the runtime hands in; a static cache may be either, which only its length on the device tells.
     """
 
-    def __init__(self, emitter: Emitter, masks: MaskOperandCache) -> None:
+    def __init__(self, emitter: Emitter, masks: MaskOperandCache, pooling: Pooling) -> None:
         self._emitter = emitter
         self._masks = masks
-        self._reader = RouterReader(emitter, masks)
+        self._pooling = pooling
+        self._reader = RouterReader(emitter, masks, pooling)
         self._unreadable_masks: dict[MaskOperands, fx.Node] = {}
         self.routes_input: fx.Node | None = None
         self.columns: list[AttentionSite] = []
         self.decided: list[fx.Node] = []
 
-    def route(self, site: AttentionSite, router: LayerRouter, pool_size: int) -> fx.Node:
+    def route(self, site: AttentionSite, router: LayerRouter) -> fx.Node:
         """Emit (or look up) the site's route and keep it for the graph's output."""
         column = len(self.columns)
         self.columns.append(site)
@@ -77,9 +94,9 @@ class RouteSource:
             kept = self._kept(site, column)
             route = kept
             if site.cache is CacheKind.STATIC:
-                route = self._restart(site, kept, router, pool_size)
+                route = self._restart(site, kept, router)
         else:
-            route = self._decide(site, router, pool_size)
+            route = self._decide(site, router)
         self.decided.append(route)
         return route
 
@@ -89,22 +106,20 @@ class RouteSource:
         with self._emitter.after(self.routes_input):
             return self._emitter.item(self.routes_input, (slice(None), column))
 
-    def _restart(
-        self, site: AttentionSite, kept: fx.Node, router: LayerRouter, pool_size: int
-    ) -> fx.Node:
+    def _restart(self, site: AttentionSite, kept: fx.Node, router: LayerRouter) -> fx.Node:
         """A static cache whose length is 0 starts a new prompt: decide, whatever was kept."""
         emitter = self._emitter
         start = self._masks.write_start(site)
         # A prompt of one token shows no pattern: full attention.
-        fresh = None if site.is_decode else self._decide(site, router, pool_size)
+        fresh = None if site.is_decode else self._decide(site, router)
         with emitter.after(start, kept, *([] if fresh is None else [fresh])):
             begins = emitter.call(torch.eq, (start, 0))
             return emitter.call(torch.where, (begins, True if fresh is None else fresh, kept))
 
-    def _decide(self, site: AttentionSite, router: LayerRouter, pool_size: int) -> fx.Node:
+    def _decide(self, site: AttentionSite, router: LayerRouter) -> fx.Node:
         emitter = self._emitter
         masks = self._masks.prefill(site)
-        query, index, weight = self._reader.read(site, pool_size)
+        query, index, weight = self._reader.read(site)
         device = value_of(site.q).device
         name = emitter.submodule("flux_router", constant_router(router, device))
         with emitter.after(query, index, weight):
@@ -113,9 +128,20 @@ class RouteSource:
                 for parameters in _parameters(router)
             )
             picked = emitter.call(pick_tokens, (query, index), like=site.output)
-            route = emitter.call(
-                torch.ops.flux.route_rows.default, (picked, weight, matrices, biases)
-            )
+            if self._pooling.is_one_mean and not router.standardizes:
+                route = emitter.call(
+                    torch.ops.flux.route_rows.default, (picked, weight, matrices, biases)
+                )
+            else:
+                features = emitter.call(
+                    pool_tokens, (picked, weight, self._pooling), like=site.output
+                )
+                if router.standardizes:
+                    scale = [emitter.graph.get_attr(f"{name}.{buffer}") for buffer in SCALE]
+                    features = emitter.call(standardized, (features, *scale), like=site.output)
+                route = emitter.call(
+                    torch.ops.flux.route_features.default, (features, matrices, biases)
+                )
         if masks.dense_mask is None:
             return route
         unreadable = self._unreadable(masks, device)

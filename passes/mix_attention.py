@@ -74,7 +74,7 @@ class _Mixer:
         self._masks = masks
         self._plan = plan
         self._last: dict[MaskOperands, fx.Node] = {}
-        self.source = ShareSource(emitter, masks)
+        self.source = ShareSource(emitter, masks, plan.config.pooling)
 
     def policy(self, site: AttentionSite) -> Policy:
         return self._plan.policies.get(site.layer, Policy.FULL)
@@ -97,9 +97,9 @@ class _Mixer:
             return self._static(site, operands)
         router = self._plan.routers[site.layer]
         if self._plan.training is Training.LOCKED:
-            route = self.source.locked(site, router, config.pool_size)
+            route = self.source.locked(site, router)
             return self._locked(site, operands, route)
-        share = self.source.soft(site, router, config.pool_size)
+        share = self.source.soft(site, router)
         return self._mixed(site, operands, share)
 
     def _static(self, site: AttentionSite, operands: MaskOperands) -> fx.Node:
@@ -129,7 +129,8 @@ class _Mixer:
             sparse = self._pick(site, full, sparse, self._ends(site, operands))
         site.became = f"mixed: full and {self._plan.config.sparse}"
         with self._emitter.graph.inserting_before(site.output):
-            return self._emitter.call(mix, (full, sparse, share), like=site.output)
+            weight = self.source.weight(share)
+            return self._emitter.call(mix, (full, sparse, weight), like=site.output)
 
     def _short(self, site: AttentionSite) -> bool:
         if not is_full(self._plan.config.sparse, site, self._plan.config):

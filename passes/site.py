@@ -128,6 +128,8 @@ class AttentionSite:
     key_buffer: fx.Node | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
+    #: graph input: the weight nearest to the query, which tells the layer
+    weight: fx.Node | None = None
     #: the router's layer, or the site's own order for static routes
     layer: int | None = None
     #: set when nothing may be rewritten

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from fluxcompile.errors import RewriteError
-from fluxcompile.mixing import full_share, mix, pick
+from fluxcompile.mixing import full_share, harden, mix, pick
 from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.insert_shares import ShareSource
 from fluxcompile.passes.site import AttentionSite
@@ -47,11 +47,11 @@ def verify_mixture(gm: fx.GraphModule, sites: list[AttentionSite], source: Share
     if len(mixtures) != len(mixed):
         raise RewriteError(f"expected {len(mixed)} mixtures, got {len(mixtures)}")
     for node in mixtures:
-        if node.args[2] not in source.shares or not node.users:
+        if node.args[2] not in source.weights or not node.users:
             raise RewriteError(f"expected {node.name} to mix by a share and to be read")
     grad = True
     for node in gm.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
-        elif node.target in (mix, pick, full_share) and not grad:
+        elif node.target in (mix, pick, full_share, harden) and not grad:
             raise RewriteError(f"expected {node.name} under gradients, got it without")

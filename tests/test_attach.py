@@ -127,12 +127,6 @@ def test_compiled_wrapper_is_its_model(model, router):
     assert attachment_of(model) is None
 
 
-def test_a_model_compiled_in_place_warns(model, router):
-    model.compile(backend="eager")
-    with pytest.warns(FluxWarning, match=r"compiled before this router.*torch._dynamo.reset"):
-        attach(model, router)
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -21,6 +21,11 @@ ALTERED = {
     "threshold": 0.5,
     "block": 64,
     "last": 7,
+    "prefix_size": 0,
+    "suffix_size": 12,
+    "segments": "separate",
+    "heads": "each",
+    "standardize": True,
 }
 
 
@@ -37,6 +42,26 @@ def test_defaults_are_the_methods():
         "block": 128,
         "last": 128,
     }
+
+
+def test_what_the_paper_lacks_is_written_only_where_it_is_used():
+    """A router of the paper's has the fields and the hash that it had before there were others."""
+    paper = FluxConfig().to_dict()
+    assert "segments" not in paper
+    assert FluxConfig.from_dict({**paper, "segments": "joint", "prefix_size": None}) == FluxConfig()
+    used = FluxConfig(suffix_size=16, standardize=True).to_dict()
+    assert {name: used[name] for name in used.keys() - paper.keys()} == {
+        "suffix_size": 16,
+        "standardize": True,
+    }
+
+
+def test_ends_of_the_prompt():
+    assert FluxConfig().pooling == (100, 100, False, False)
+    config = FluxConfig(pool_size=50, suffix_size=16, segments="separate", heads="each")
+    assert config.pooling == (50, 16, True, True)
+    assert config.pooling.features(64, heads=9) == 2 * 9 * 64
+    assert FluxConfig(prefix_size=0, segments="separate").pooling.features(64, None) == 64
 
 
 def test_every_choice_is_accepted():
@@ -94,6 +119,12 @@ SPARSE = "'streaming', 'xattention', 'triangle', 'power'"
         ({"threshold": "0.9"}, "a number in (0, 1]", "'0.9'"),
         ({"block": 24}, "a multiple of stride (16)", "24"),
         ({"block": 256}, "one of (16, 32, 64, 128)", "256"),
+        ({"prefix_size": -1}, "an int >= 0, or None for pool_size", "-1"),
+        ({"suffix_size": True}, "an int >= 0, or None for pool_size", "True"),
+        ({"suffix_size": 0, "prefix_size": 0}, "an int >= 1 (prefix_size is 0)", "0"),
+        ({"segments": "both"}, "'joint', 'separate'", "'both'"),
+        ({"heads": 4}, "'mean', 'each'", "4"),
+        ({"standardize": 1}, "True or False", "1"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

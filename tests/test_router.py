@@ -33,6 +33,66 @@ def test_shapes_are_the_module_s():
     assert LayerRouter.shapes(16) == actual
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_shapes_of_a_router_that_reads_more(standardize):
+    actual = {n: tuple(x.shape) for n, x in LayerRouter(16, 96, standardize).state_dict().items()}
+    assert LayerRouter.shapes(16, 96, standardize) == actual
+    assert actual["encoder.0.weight"] == (128, 96)
+
+
+def test_a_router_of_the_paper_has_no_more_than_the_paper_s():
+    router = FluxRouter.from_model(tiny_llama())
+    assert not list(router.buffers())
+    assert router.heads is None
+
+
+def test_standardised_features():
+    plain, standardising = LayerRouter(4), LayerRouter(4, standardize=True)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    standardising.load_state_dict(plain.state_dict(), strict=False)
+    read = torch.randn(3, 4)
+    assert torch.equal(standardising(read), plain(read))
+    assert not standardising.calibrated
+    standardising.feature_mean.fill_(2.0)
+    standardising.feature_deviation.fill_(0.5)
+    assert standardising.calibrated
+    torch.testing.assert_close(standardising(read), plain(2 * read - 4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "inputs"),
+    [
+        ({"segments": "separate"}, 32),
+        ({"segments": "separate", "suffix_size": 0}, 16),
+        ({"heads": "each"}, 64),
+        ({"segments": "separate", "heads": "each", "standardize": True}, 128),
+    ],
+    ids=str,
+)
+def test_from_model_with_more_to_read(fields, inputs):
+    router = FluxRouter.from_model(tiny_llama(), FluxConfig(**fields))
+    assert router.heads == (4 if "heads" in fields else None)
+    for layer in router.layers:
+        assert layer.encoder[0].weight.shape == (128, inputs)
+        assert layer.standardizes == ("standardize" in fields)
+        assert torch.equal(layer(torch.randn(2, inputs)), torch.tensor([[0.0, 4.5]] * 2))
+
+
+def test_heads_where_the_model_does_not_tell():
+    each = {"config": FluxConfig(heads="each"), "layers": ["blocks.0.attn"], "head_dim": 8}
+    with pytest.raises(RouterError, match=r"query heads of HandWritten: expected.*heads= given"):
+        FluxRouter.from_model(HandWritten(), **each)
+    assert FluxRouter.from_model(HandWritten(), **each, heads=4).heads == 4
+
+
+def test_check_model_refuses_another_number_of_heads():
+    router = FluxRouter.from_model(tiny_llama(), FluxConfig(heads="each"))
+    router.backbone = {}
+    with pytest.raises(RouterError, match=r"query heads of .*: expected 4 \(the router's\), got 8"):
+        router.check_model(tiny_llama(num_attention_heads=8, head_dim=16))
+
+
 def test_it_is_the_method_s_mlp(noisy):
     pooled = torch.randn(3, 16)
     p = dict(noisy.named_parameters())
@@ -215,6 +275,11 @@ def test_not_a_config():
         ({"head_dim": 4.0}, "head_dim: expected an int >= 1, got 4.0"),
         ({"base_model": 3}, "base_model: expected a name or None, got 3"),
         ({"backbone": ["x"]}, "backbone: expected a mapping"),
+        ({"heads": 4}, r"heads \(the router reads their mean\): expected None, got 4"),
+        (
+            {"config": FluxConfig(heads="each")},
+            r"heads \(the router reads each\): expected an int >= 1, got None",
+        ),
     ],
 )
 def test_bad_fields(fields, message):

@@ -72,6 +72,52 @@ def test_round_trip_is_bit_exact(saved):
         assert torch.equal(loaded.state_dict()[name].view(torch.int32), tensor.view(torch.int32))
 
 
+def test_files_of_the_paper_s_router_have_the_keys_they_always_had(saved):
+    directory, _ = saved
+    record = json.loads((directory / "config.json").read_text())
+    assert list(record) == list(router_io._KEYS)
+    assert not {"segments", "heads", "standardize"} & record["flux"].keys()
+
+
+EXTENDED = FluxConfig(
+    prefix_size=7, suffix_size=5, segments="separate", heads="each", standardize=True
+)
+
+
+def extended_router():
+    router = random_router(heads=3, config=EXTENDED)
+    for layer in router.layers:
+        layer.feature_mean.normal_()
+        layer.feature_deviation.uniform_(0.5, 2)
+    return router
+
+
+def test_round_trip_of_a_router_that_reads_more(tmp_path):
+    router = extended_router()
+    router.save_pretrained(tmp_path)
+    loaded = FluxRouter.from_pretrained(tmp_path)
+    assert (loaded.config, loaded.heads) == (EXTENDED, 3)
+    assert loaded.state_dict().keys() == router.state_dict().keys()
+    for name, tensor in router.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_damage_to_a_router_that_reads_more(tmp_path):
+    extended_router().save_pretrained(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit_config(tmp_path, heads=None)
+    refused(tmp_path, "heads (the router reads each)", "None")
+    edit_config(tmp_path, heads=4)
+    refused(tmp_path, "encoder.0.weight", "(32, 32)", "(32, 24)")
+    edit_config(tmp_path, heads=3, flux=config["flux"] | {"standardize": False})
+    refused(tmp_path, "feature_mean")
+    edit_config(tmp_path, **config)
+    state["layers.1.feature_deviation"][2] = 0
+    put_state(tmp_path, state)
+    refused(tmp_path, "layers.1.feature_deviation", "values > 0")
+
+
 def test_saving_is_deterministic(saved, tmp_path):
     directory, _ = saved
     FluxRouter.from_pretrained(str(directory)).save_pretrained(str(tmp_path / "again"))

@@ -65,6 +65,7 @@ class Adapted(nn.Module):
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
         task_id: torch.Tensor,
+        prompt_length: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Loss of one batch, shapes as :meth:`Trainee.forward` takes them.
 
@@ -74,7 +75,7 @@ class Adapted(nn.Module):
         """
         language_model, run = self._language_model
         targets = Targets.of(labels)
-        with soft_routes(self.router) as routes:
+        with soft_routes(self.router, prompt_length=prompt_length) as routes:
             losses = language_model.losses(
                 run, input_ids, attention_mask, targets, self.logits_chunk
             )

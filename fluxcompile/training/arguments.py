@@ -1,8 +1,11 @@
 """Every constant of router training, with the paper's value as its default."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fluxcompile.errors import ConfigError
+from fluxcompile.layer_router import UNTRAINED_LOGITS
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.schedule import TemperatureSchedule
 
@@ -28,7 +31,14 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         temperature_start: τ of the first step.
         temperature_end: τ once annealed.
         temperature_anneal: share of the steps over which τ goes linearly from one to the other.
+        hardness: how far the mixture is drawn to hard routes (see
+            :class:`fluxcompile.SoftRoutes`) once annealed, from 0 over the same steps as τ.
         multiplier_init: first value of every λ1 and λ2.
+        full_bias: of a router that is created for the run, the logit of full attention before it
+            has learnt anything; the other logit is 0.
+        calibration_rows: examples over which the features of a router that standardises them are
+            measured, before the first step. A router that has been measured before is left as it
+            is.
         shard_backbone: split the backbone's matrices over the processes of each machine instead
             of copying it to each: see :mod:`fluxcompile.training.sharding`.
 
@@ -52,22 +62,39 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     temperature_anneal: float = field(
         default=0.6, metadata={"help": "Share of the steps over which τ is annealed."}
     )
+    hardness: float = field(
+        default=0.0, metadata={"help": "Hard routes' share of the mixture once annealed."}
+    )
     multiplier_init: float = field(
         default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
+    )
+    full_bias: float = field(
+        default=UNTRAINED_LOGITS[1], metadata={"help": "A new router's logit of full attention."}
+    )
+    calibration_rows: int = field(
+        default=64, metadata={"help": "Examples that features are standardised over."}
     )
     shard_backbone: bool = field(
         default=False, metadata={"help": "Split the backbone over the processes of a machine."}
     )
 
+    COUNTS: ClassVar[tuple[str, ...]] = (*CompiledTrainingArguments.COUNTS, "calibration_rows")
     AMOUNTS: ClassVar[tuple[str, ...]] = (
         *CompiledTrainingArguments.AMOUNTS,
         "multiplier_learning_rate",
         "multiplier_init",
+        "hardness",
     )
 
     def check_values(self) -> None:
         """Raise ConfigError for the first impossible value."""
         super().check_values()
+        bias = self.full_bias
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not number or not math.isfinite(bias):
+            raise ConfigError.mismatch("full_bias", "a finite number", f"{bias!r}")
+        if not 0 <= self.hardness <= 1:
+            raise ConfigError.mismatch("hardness", "a number in [0, 1]", f"{self.hardness!r}")
         self.temperatures()
 
     def temperatures(self) -> TemperatureSchedule:

@@ -32,8 +32,8 @@ def collate(
         pad_to_multiple_of: round S up, so that fewer shapes are compiled.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` [B, S], ``task_id`` and ``index`` [B];
-        all int64.
+        ``input_ids``, ``attention_mask`` and ``labels`` [B, S], ``task_id``, ``index`` and
+        ``prompt_length`` [B]; all int64.
     """
     longest = max(len(example) for example in examples)
     shape = (len(examples), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
@@ -49,6 +49,7 @@ def collate(
         batch["labels"][i_row, :n] = torch.as_tensor(example.labels)
     batch["task_id"] = torch.tensor([_position(example, tasks) for example in examples])
     batch["index"] = torch.tensor([example.index for example in examples])
+    batch["prompt_length"] = torch.tensor([example.prompt_length for example in examples])
     return batch
 
 

@@ -52,7 +52,7 @@ def load_state(
         TrainingError: the checkpoint is of a run with other layers, settings or tasks.
     """
     saved = FluxRouter.from_pretrained(directory)
-    for name in ("config", "layer_names", "head_dim"):
+    for name in ("config", "layer_names", "head_dim", "heads"):
         _check_same(directory, name, getattr(router, name), getattr(saved, name))
     file = directory / MULTIPLIERS_FILE
     try:

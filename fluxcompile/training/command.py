@@ -14,6 +14,7 @@ from fluxcompile.router import FluxRouter
 
 SMOLLM2 = "smollm2"
 BUILT_IN = "builtin"
+_MIXTURE = {"length", "seed", "tasks", "question", "style", "loss", "lead"}
 
 
 def train(
@@ -28,7 +29,9 @@ def train(
     dtype: str | None,
     cpu: bool,
     tasks: Sequence[str],
-    settings: Sequence[str],
+    config: Sequence[str] = (),
+    mixture: Sequence[str] = (),
+    settings: Sequence[str] = (),
     **arguments: Any,
 ) -> FluxRouter:
     """Load model and data, and train.
@@ -43,8 +46,11 @@ def train(
         dtype: of the model; None: bfloat16 on a GPU, float32 on a CPU.
         cpu: train on the CPU even if there is a GPU.
         tasks: ``"name=target"`` each.
-        settings: ``"name=value"`` each, for any other training argument; values are JSON, or
-            plain words.
+        config: ``"name=value"`` each, for any other field of ``FluxConfig``; values here and below
+            are JSON, or plain words.
+        mixture: ``"name=value"`` each, for any other argument of ``builtin_mixture``, or several
+            lengths in place of the one.
+        settings: ``"name=value"`` each, for any other training argument.
         arguments: training arguments; those that are None are left out.
 
     Raises:
@@ -56,6 +62,11 @@ def train(
     known = {name: value for name, value in arguments.items() if value is not None}
     known |= _pairs("--set", settings)
     targets = _pairs("--task", tasks)
+    fields = {"sink": sink, "local": local} | _pairs("--config", config)
+    recipe = {"length": length} | _pairs("--mixture", mixture)
+    flux_config = FluxConfig.from_dict(fields)
+    if unknown := sorted(set(recipe) - _MIXTURE):
+        raise ConfigError.mismatch("--mixture", f"any of {sorted(_MIXTURE)}", unknown)
     cpu = cpu or not torch.cuda.is_available()
     if data != BUILT_IN and not Path(data).is_file():
         raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
@@ -64,7 +75,8 @@ def train(
         if tokenizer is None:
             raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
         count = examples or max(64, 2 * known.get("batch_size", 48))
-        rows = builtin_mixture(tokenizer, length=length, examples=count, seed=known.get("seed", 0))
+        seed = known.get("seed", 0)
+        rows = builtin_mixture(tokenizer, **{"seed": seed} | recipe, examples=count)
     else:
         rows = read_jsonl(Path(data))
     return train_router(
@@ -72,7 +84,7 @@ def train(
         rows,
         tokenizer=tokenizer,
         tasks=targets or None,
-        config=FluxConfig(sink=sink, local=local),
+        config=flux_config,
         output_dir=output,
         **{"use_cpu": cpu} | known,
     )

@@ -1,10 +1,15 @@
-"""From a row of data to token ids and labels.
+"""From a row of data to token ids, labels and the length of its prompt.
 
 A row says what it is by its key: ``input_ids`` (taken as they are), ``text`` (tokenised, every
 token is a label) or ``messages`` (a conversation: only what the assistant says is a label).
+
+The *prompt* is what a router sees at inference, where the answer is not there yet: a conversation
+up to the assistant's first turn; of other rows ``prompt_length`` tokens, if they say so, else all.
 """
 
+import operator
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +20,14 @@ IGNORED = -100  # the label of a token that bears no loss, as torch's cross entr
 CONTENT = ("input_ids", "text", "messages")
 
 
-def encode(row: Mapping, tokenizer, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of one row, both 1-D int64 and of one length.
+def encode(row: Mapping, tokenizer, where: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Token ids and labels of one row, both 1-D int64 and of one length, and its prompt's length.
 
     Args:
-        row: exactly one of ``input_ids``, ``text`` and ``messages``, and perhaps ``labels``, which
-            replace the labels that the content implies.
+        row: exactly one of ``input_ids``, ``text`` and ``messages``; perhaps ``labels``, which
+            replace the labels that the content implies; and perhaps ``prompt_length``, where the
+            answer begins, with ``lead_length``, how many of the tokens before it are the answer's
+            own beginning and therefore not the prompt's.
         tokenizer: of the model to train; may be None if every row has ``input_ids``.
         where: the row's position, which starts every error message.
 
@@ -43,12 +50,46 @@ def encode(row: Mapping, tokenizer, where: str) -> tuple[torch.Tensor, torch.Ten
     else:
         ids, implied = encode_messages(row[key], tokenizer, where)
     _refuse_padding(row, where)
+    prompt = _prompt_length(row, len(ids), where)
+    if prompt is None:
+        prompt = _first_label(implied) if key == "messages" else len(ids)
     if row.get("labels") is None:
-        return ids, implied
+        return ids, implied, prompt
     labels = as_ids(row["labels"], f"{where}: labels")
     if len(labels) != len(ids):
         raise DataError.mismatch(f"{where}: labels", f"{len(ids)}, one a token", len(labels))
-    return ids, labels
+    return ids, labels, prompt
+
+
+def _prompt_length(row: Mapping, length: int, where: str) -> int | None:
+    """What the row says itself; None if it does not."""
+    if row.get("prompt_length") is None:
+        return None
+    prompt = _integer(row["prompt_length"])
+    if prompt is None or not 1 <= prompt <= max(length, 1):
+        raise DataError.mismatch(
+            f"{where}: prompt_length", f"an int from 1 to {length} tokens", row["prompt_length"]
+        )
+    lead = 0 if row.get("lead_length") is None else _integer(row["lead_length"])
+    if lead is None or not 0 <= lead < prompt:
+        raise DataError.mismatch(
+            f"{where}: lead_length", f"an int from 0 to {prompt - 1}", row["lead_length"]
+        )
+    return prompt - lead
+
+
+def _integer(value: Any) -> int | None:
+    """``value``, which may be an array of no dimension, as an int; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _first_label(labels: torch.Tensor) -> int:
+    """Where the first label stands: the end of what comes before the assistant's first turn."""
+    kept = (labels != IGNORED).nonzero()
+    return max(int(kept[0]), 1) if len(kept) else len(labels)
 
 
 def as_ids(values, where: str) -> torch.Tensor:

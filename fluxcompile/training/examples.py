@@ -9,6 +9,9 @@ documents only where asked. Padding is bounded by batching rows of similar lengt
   of other tasks are refused: a cut would part the question from what it asks for.
 - shorter than ``min_length``: refused, unless ``join_short`` lets neighbouring documents of one
   holistic task share a row. The token that opens each further document bears no loss then.
+
+A piece's prompt is the part of the document's that it holds, or all of a piece that holds none. A
+joined row's prompt ends where its last document's does.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,12 +34,18 @@ class Example:
         labels: [S] int64; -100 where a token bears no loss. Not shifted: the model shifts them.
         task: name of its task.
         index: position among the prepared examples; seeds the row's noise.
+        prompt_length: how many of its first tokens the router may read; all of them if not given.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     task: str
     index: int
+    prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_length is None:
+            object.__setattr__(self, "prompt_length", len(self))
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -47,6 +56,7 @@ class _Document:
     where: str
     input_ids: torch.Tensor
     labels: torch.Tensor
+    prompt_length: int
     task: Task
 
     def __len__(self) -> int:
@@ -68,8 +78,10 @@ def prepare(
 
     Args:
         data: a ``datasets.Dataset``, a list, or any iterable of mappings with one of
-            ``input_ids``, ``text`` and ``messages``, a ``task``, and perhaps ``labels``. Other
-            keys are ignored. It is read once and held in memory: 8 bytes a token, 16 with labels.
+            ``input_ids``, ``text`` and ``messages``, a ``task``, and perhaps ``labels``,
+            ``prompt_length`` and ``lead_length`` (see
+            :func:`fluxcompile.training.encoding.encode`). Other keys are ignored. It is read once
+            and held in memory: 8 bytes a token, 16 with labels.
         tokenizer: needed for ``text`` and ``messages``.
         tasks: known tasks by name, from :func:`fluxcompile.training.tasks.resolve_tasks`.
         min_length: shortest row, in tokens, that can teach anything (up to sink + local tokens
@@ -93,8 +105,8 @@ def prepare(
         documents = _joined(documents, tokenizer, max_length)
     examples: list[Example] = []
     for document in documents:
-        for ids, labels in _pieces(document, min_length, max_length):
-            examples.append(Example(ids, labels, document.task.name, len(examples)))
+        for ids, labels, prompt in _pieces(document, min_length, max_length):
+            examples.append(Example(ids, labels, document.task.name, len(examples), prompt))
     if not examples:
         raise DataError.mismatch("data", "at least one example", "none (a generator used up?)")
     return examples
@@ -119,7 +131,7 @@ def _document(row, i_row: int, tokenizer, tasks: Mapping[str, Task], vocab_size)
     name = row.get("task")
     if not isinstance(name, str) or name not in tasks:
         raise DataError.mismatch(f"{where}: task", f"one of {sorted(tasks)}", repr(name))
-    ids, labels = encode(row, tokenizer, where)
+    ids, labels, prompt = encode(row, tokenizer, where)
     if not len(ids):
         raise DataError.mismatch(where, "tokens", "an empty row")
     _check_ids(ids, vocab_size, f"{where}: input_ids")
@@ -130,7 +142,7 @@ def _document(row, i_row: int, tokenizer, tasks: Mapping[str, Task], vocab_size)
             f"one besides {IGNORED} after the first token",
             "none: its loss is NaN",
         )
-    return _Document(where, ids, labels, tasks[name])
+    return _Document(where, ids, labels, prompt, tasks[name])
 
 
 def _check_ids(ids: torch.Tensor, vocab_size: int | None, where: str) -> None:
@@ -152,7 +164,7 @@ def _pieces(document: _Document, min_length: int, max_length: int | None):
     if length < min_length:
         raise DataError.mismatch(document.where, f"at least {min_length} tokens", length)
     if max_length is None or length <= max_length:
-        yield document.input_ids, document.labels
+        yield document.input_ids, document.labels, document.prompt_length
         return
     if document.task.kind != "holistic":
         raise DataError.mismatch(
@@ -164,7 +176,8 @@ def _pieces(document: _Document, min_length: int, max_length: int | None):
         piece = slice(start, start + max_length)
         ids, labels = document.input_ids[piece], document.labels[piece]
         if len(ids) >= min_length and _bears_loss(labels):
-            yield ids, labels
+            held = min(max(document.prompt_length - start, 0), len(ids))
+            yield ids, labels, held or len(ids)
 
 
 def _joined(documents: Iterable[_Document], tokenizer, max_length: int | None):
@@ -199,4 +212,6 @@ def _one_row(held: list[_Document], tokenizer) -> _Document:
         ids += [separator, document.input_ids]
         labels += [torch.full_like(separator, IGNORED), opening]
     where = f"{held[0].where} to {held[-1].where}"
-    return _Document(where, torch.cat(ids), torch.cat(labels), held[0].task)
+    row = torch.cat(ids)
+    prompt = len(row) - len(held[-1]) + held[-1].prompt_length
+    return _Document(where, row, torch.cat(labels), prompt, held[0].task)

@@ -27,6 +27,7 @@ _ARGUMENTS = (
     "temperature_start",
     "temperature_end",
     "temperature_anneal",
+    "hardness",
     "max_length",
     "seed",
 )

@@ -36,6 +36,9 @@ class TemperatureSchedule:
 
     def __call__(self, step: int) -> float:
         """Temperature of the optimiser step ``step``, counted from 0."""
+        return self.start + (self.end - self.start) * self.progress(step)
+
+    def progress(self, step: int) -> float:
+        """How far the annealing has come at ``step``, in [0, 1]."""
         annealing = self.fraction * self.steps
-        progress = min(1.0, step / annealing) if annealing else 1.0
-        return self.start + (self.end - self.start) * progress
+        return min(1.0, step / annealing) if annealing else 1.0

@@ -18,6 +18,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.training import backbone, checkpoint
 from fluxcompile.training.arguments import RouterTrainingArguments
 from fluxcompile.training.batching import collate
+from fluxcompile.training.calibration import is_calibrated
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.examples import Example, prepare
 from fluxcompile.training.language_model import LanguageModel
@@ -74,7 +75,7 @@ def train_router(
     backbone.check_trainable(model)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(training_arguments, output_dir, scratch)
-        router = _router(model, config, router, arguments.seed)
+        router = _router(model, config, router, arguments)
         known = resolve_tasks(tasks)
         examples = prepare_examples(model, router.config, data, tokenizer, known, arguments)
         used = {example.task for example in examples}
@@ -91,6 +92,8 @@ def train_router(
             resume = checkpoint.resolve(arguments.resume_from_checkpoint, arguments.output_dir)
             stack.enter_context(backbone.compiler_settings(arguments.activation_memory_budget))
             with backbone.unchanged(model, same_everywhere=not arguments.shard_backbone):
+                if router.config.standardize and resume is None and not is_calibrated(router):
+                    trainer.calibrate(arguments.calibration_rows)
                 trainer.train(resume_from_checkpoint=resume)
         router.cpu().eval().requires_grad_(True)
         if output_dir is not None and trainer.args.should_save:
@@ -112,12 +115,18 @@ def _arguments(
 
 
 def _router(
-    model: nn.Module, config: FluxConfig | None, router: FluxRouter | None, seed: int
+    model: nn.Module,
+    config: FluxConfig | None,
+    router: FluxRouter | None,
+    arguments: RouterTrainingArguments,
 ) -> FluxRouter:
     if router is None:
-        with torch.random.fork_rng(devices=[]):
-            set_seed(seed)  # the same new router in every process
-            return FluxRouter.from_model(model, config)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            set_seed(arguments.seed)  # the same new router in every process
+            router = FluxRouter.from_model(model, config)
+            for layer in router.layers:
+                layer.head[-1].bias[1] = arguments.full_bias
+            return router
     if config is not None and config != router.config:
         raise ConfigError.mismatch("config", "None, or that of router", f"{config}")
     router.check_model(model)

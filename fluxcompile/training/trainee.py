@@ -1,12 +1,13 @@
 """What the trainer sees as its model: frozen backbone, routers and multipliers in one module."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from fluxcompile.router import FluxRouter
+from fluxcompile.training.calibration import calibrate
 from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
@@ -59,6 +60,11 @@ class Trainee(nn.Module):
         self.backbone.eval()
         return self
 
+    def calibrate(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """:func:`fluxcompile.training.calibration.calibrate` through the graph that trains."""
+        _, run = self._language_model
+        calibrate(self.backbone, self.router, batches, run=run)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -67,6 +73,8 @@ class Trainee(nn.Module):
         task_id: torch.Tensor,
         noise: torch.Tensor,
         temperature: float,
+        prompt_length: torch.Tensor | None = None,
+        hardness: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Objective of one batch.
 
@@ -77,6 +85,9 @@ class Trainee(nn.Module):
             task_id: int64 ``[B]``.
             noise: fp32 ``[B, L, 2]``, added to the routers' logits.
             temperature: τ.
+            prompt_length: int64 ``[B]``, how many of a row's tokens the routers may read; None for
+                all.
+            hardness: how far the mixture is drawn to hard routes.
 
         Returns:
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss``,
@@ -87,7 +98,13 @@ class Trainee(nn.Module):
 
         language_model, run = self._language_model
         targets = Targets.of(labels)
-        with soft_routes(self.router, temperature=temperature, noise=noise) as soft:
+        with soft_routes(
+            self.router,
+            temperature=temperature,
+            noise=noise,
+            prompt_length=prompt_length,
+            hardness=hardness,
+        ) as soft:
             losses = language_model.losses(
                 run, input_ids, attention_mask, targets, self.logits_chunk
             )

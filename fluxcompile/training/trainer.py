@@ -72,12 +72,29 @@ class RouterTrainer(CompiledTrainer):
             )
         return self.optimizer
 
+    def calibrate(self, rows: int) -> None:
+        """Set the mean and the deviation of what the routers read, over ``rows`` examples at most.
+
+        The examples are the first ones of the run, each task equally often; the processes share
+        them, and all get the same result.
+        """
+        order = list(self._get_train_sampler())[:rows]
+        mine = order[self.args.process_index :: self.args.world_size]
+        size = self.args.per_device_train_batch_size
+        batches = (
+            self.data_collator([self.train_dataset[i] for i in mine[start : start + size]])
+            for start in range(0, len(mine), size)
+        )
+        with self.accelerator.autocast():  # the steps' own: one graph for both
+            self.trainee.calibrate(batches)
+
     def forward_arguments(self, index: torch.Tensor) -> dict[str, Any]:
-        """Noise and temperature of this step."""
+        """Noise, temperature and hardness of this step."""
         step, layers = self.state.global_step, len(self.trainee.router.layer_names)
         return {
             "noise": gumbel_noise(self.args.seed, step, index, layers),
             "temperature": self.temperatures(step),
+            "hardness": self.args.hardness * self.temperatures.progress(step),
         }
 
     def logged(self) -> dict[str, float]:

@@ -99,18 +99,33 @@ def route_rows(
             HEADS=heads, HEAD_DIM=width, BLOCK_D=triton.next_power_of_2(width),
             BLOCK_T=min(triton.next_power_of_2(tokens), _TOKENS), num_warps=16,
         )  # fmt: skip
-        parts = heads
-        *hidden, last = zip(matrices, biases, LayerRouter.ACTIVATED, strict=True)
-        for matrix, bias, activated in hidden:
-            x = _linear(x, matrix.contiguous(), bias, parts, activated)
-            parts = 1
-        matrix, bias, _ = last
-        inputs = matrix.shape[1]
-        decide_kernel[(batch,)](
-            x, matrix.contiguous(), bias, route.view(torch.uint8),
-            IN=inputs, BLOCK_K=triton.next_power_of_2(inputs),
-        )  # fmt: skip
+        _decide(x, heads, matrices, biases, route)
     return route
+
+
+def route_features(features: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """See :func:`fluxcompile.kernels.router.op.route_features`."""
+    route = features.new_empty(features.shape[0], dtype=torch.bool)
+    if features.shape[0]:
+        with torch.cuda.device_of(features):
+            _decide(features.contiguous(), 1, matrices, biases, route)
+    return route
+
+
+def _decide(
+    x: Tensor, parts: int, matrices: list[Tensor], biases: list[Tensor], route: Tensor
+) -> None:
+    """The MLP over the mean of ``parts`` and the decision, into ``route``."""
+    *hidden, last = zip(matrices, biases, LayerRouter.ACTIVATED, strict=True)
+    for matrix, bias, activated in hidden:
+        x = _linear(x, matrix.contiguous(), bias, parts, activated)
+        parts = 1
+    matrix, bias, _ = last
+    inputs = matrix.shape[1]
+    decide_kernel[(x.shape[0],)](
+        x, matrix.contiguous(), bias, route.view(torch.uint8),
+        IN=inputs, BLOCK_K=triton.next_power_of_2(inputs),
+    )  # fmt: skip
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor, parts: int, activated: bool) -> Tensor:

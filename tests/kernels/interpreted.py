@@ -89,6 +89,10 @@ def test_router(shape):
     router_cases.check(router_triton.route_rows, router_cases.operands(*shape))
 
 
+def test_router_features():
+    router_cases.check(router_triton.route_features, router_cases.feature_operands(2, 80, 16))
+
+
 @pytest.mark.parametrize("any_row", [True, False], ids=["any", "all"])
 @pytest.mark.parametrize("true", [0, 1, 70], ids=str)
 def test_router_flag(true, any_row):

@@ -54,6 +54,7 @@ def calls():
             (*bare_step.operands[:4], None, None, 0.1, 0.0),
         ),
         "route_rows": (flux.route_rows.default, router_cases.operands(heads=3, width=16)),
+        "route_features": (flux.route_features.default, router_cases.feature_operands()),
         **{mode: sparse_call(mode) for mode in sparse_cases.MODES},
     }
 

@@ -53,6 +53,32 @@ def test_strides_of_the_model(device):
     router_cases.check(ops.route_rows, (tokens_first, *rest))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(6, 48, 16), (2, 8192, 128), (7, 1152, 64)], ids=str)
+def test_features(shape, device):
+    x = router_cases.feature_operands(*shape, device=device)
+    route = router_cases.check(ops.route_features, x)
+    assert 0 < route.sum() < len(route), "both decisions must occur"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_feature_that_is_no_number_means_full_attention(device):
+    features, matrices, biases = router_cases.feature_operands(device=device)
+    features[1, 5] = float("nan")
+    biases[-1].copy_(torch.tensor([1e6, 0.0]))
+    assert ops.route_features(features, matrices, biases).tolist() == [False, True] + 4 * [False]
+
+
+def test_refuses_features():
+    features, matrices, biases = router_cases.feature_operands()
+    with pytest.raises(KernelError, match=r"features: expected float32 \[B, F\].*\[48\]"):
+        ops.route_features(features[0], matrices, biases)
+    with pytest.raises(KernelError, match=r"encoder\.0\.weight.*\[128, 47\].*\[128, 48\]"):
+        ops.route_features(features[:, 1:], matrices, biases)
+    with pytest.raises(KernelError, match=r"layers.*5.*0 and 5"):
+        ops.route_features(features, [], biases)
+
+
 def test_refuses():
     picked, weight, matrices, biases = router_cases.operands()
     with pytest.raises(KernelError, match=r"picked tokens.*expected \[B, H, T, D\]"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fluxcompile.router import FluxRouter
 from tests.parity.models import Prompt
 from tests.parity.reference import RoutedDefinition, routed_logits
+from tests.router_features import features
 
 
 def decide(
@@ -25,7 +26,7 @@ def decide(
     for layer in range(layers):
         query = _query_before_rotary(model, layer, full, router, prompt, positions)
         for row in range(batch):
-            pooled = _pool(query[row], prompt.valid[row].tolist(), router.config.pool_size)
+            pooled = features(query[row], prompt.valid[row].tolist(), router.config)
             with torch.no_grad():
                 sparse_logit, full_logit = router.layers[layer](pooled[None])[0].tolist()
             full[row, layer] = full_logit > sparse_logit
@@ -39,7 +40,7 @@ def margins(model: PreTrainedModel, router: FluxRouter, prompt: Prompt) -> float
     for layer in range(len(router.layers)):
         query = _query_before_rotary(model, layer, full, router, prompt, True)
         for row in range(full.shape[0]):
-            pooled = _pool(query[row], prompt.valid[row].tolist(), router.config.pool_size)
+            pooled = features(query[row], prompt.valid[row].tolist(), router.config)
             with torch.no_grad():
                 sparse_logit, full_logit = router.layers[layer](pooled[None])[0].tolist()
             closest = min(closest, abs(full_logit - sparse_logit))
@@ -68,13 +69,3 @@ def _query_before_rotary(
     finally:
         hook.remove()
     return seen[0].unflatten(-1, (-1, router.head_dim)) if seen[0].dim() == 3 else seen[0]
-
-
-def _pool(query: torch.Tensor, valid: list[int], pool_size: int) -> torch.Tensor:
-    """``[D]``: mean over the first and last valid tokens, each once, then over heads."""
-    tokens = [index for index, keep in enumerate(valid) if keep]
-    chosen = sorted(set(tokens[:pool_size]) | set(tokens[-pool_size:]))
-    total = torch.zeros(query.shape[1:])
-    for index in chosen:
-        total = total + query[index]
-    return (total / len(chosen)).mean(dim=0)

@@ -52,8 +52,9 @@ def test_inputs_in_order(stack):
     result = mixed(stack)
     traced = sum(node.op == "placeholder" for node in stack.gm.graph.nodes)
     names = [node.name for node in result.gm.graph.nodes if node.op == "placeholder"][traced:]
-    assert names[:3] == ["flux_temperature", "flux_noise", "flux_router_0_encoder_0_weight"]
-    assert len(names) == 2 + 2 * PARAMETERS
+    assert names[:3] == ["flux_temperature", "flux_noise", "flux_hardness"]
+    assert names[3:5] == ["flux_prompt_length", "flux_router_0_encoder_0_weight"]
+    assert len(names) == 4 + 2 * PARAMETERS
     assert [(t.layer, t.path) for t in result.shares.tensors][PARAMETERS] == (1, "encoder.0.weight")
 
 
@@ -152,7 +153,7 @@ class TestVerify:
     def test_a_mixture_by_something_else(self, stack):
         result = self.unverified(stack)
         node = self.mixture(result)
-        node.update_arg(2, result.shares.temperature)
+        node.update_arg(2, result.shares.shares[0])
         with pytest.raises(RewriteError, match="to mix by a share"):
             verify_mixture(result.gm, result.sites, result.shares)
 

@@ -89,8 +89,20 @@ def objective(loss: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     return loss + (weights.reshape(shares.shape) * shares).sum() * 0.05
 
 
-def compiled_step(case: Case, prompt: Prompt, noise: torch.Tensor | None) -> Step:
-    with soft_routes(case.router, temperature=TEMPERATURE, noise=noise) as soft:
+def compiled_step(
+    case: Case,
+    prompt: Prompt,
+    noise: torch.Tensor | None,
+    prompt_length: torch.Tensor | None = None,
+    hardness: float = 0.0,
+) -> Step:
+    with soft_routes(
+        case.router,
+        temperature=TEMPERATURE,
+        noise=noise,
+        prompt_length=prompt_length,
+        hardness=hardness,
+    ) as soft:
         loss = lm_loss(case.model, prompt)
         shares = soft.shares()
     return _step(case, loss, shares)

@@ -3,10 +3,10 @@
 In layer ``l``, row ``b``:
 
 ``r = softmax((router_l(pooled query) + noise[b, l]) / temperature)[1]``
-``attention = r * full + (1 - r) * sparse``
+``attention = w * full + (1 - w) * sparse``, with ``w = r`` where nothing is hardened
 
-The pooled query is the layer's query before rotary embedding, averaged over the first and the last
-``pool_size`` valid tokens (each token once) and over the heads. Full and sparse attention are the
+The pooled query is the layer's query before rotary embedding, as ``tests.router_features`` defines
+what a router reads. Full and sparse attention are the
 kernels' eager definitions. Nothing of the compiler is used: it is HF's own model with one attention
 function, registered through transformers' interfaces, and hooks that keep the query.
 """
@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from fluxcompile.kernels.streaming import reference as streaming
 from fluxcompile.kernels.triangle import reference as triangle
 from fluxcompile.router import FluxRouter
+from tests.router_features import features
 
 NAME = "flux_eager_mixture"
 
@@ -37,7 +38,9 @@ class Mixture:
     router: FluxRouter
     temperature: float = 1.0
     noise: torch.Tensor | None = None
+    prompt_length: torch.Tensor | None = None
     locked: bool = False
+    hardness: float = 0.0
     columns: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def shares(self) -> torch.Tensor:
@@ -45,22 +48,15 @@ class Mixture:
 
     def share(self, layer: int, query: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """``r`` of each row, from the query ``[B, S, H, D]`` and token validity ``[B, S]``."""
-        logits = self.router.layers[layer](pooled(query, valid, self.router.config.pool_size))
+        rows = range(len(query))
+        prompts = [None] * len(query) if self.prompt_length is None else self.prompt_length.tolist()
+        config = self.router.config
+        read = [features(query[i], valid[i].tolist(), config, prompts[i]) for i in rows]
+        logits = self.router.layers[layer](torch.stack(read))
         if self.locked:
             return (logits[:, 1] > logits[:, 0]).float()
         noise = 0.0 if self.noise is None else self.noise[:, layer]
         return ((logits + noise) / self.temperature).softmax(-1)[:, 1]
-
-
-def pooled(query: torch.Tensor, valid: torch.Tensor, size: int) -> torch.Tensor:
-    """fp32 ``[B, D]``."""
-    rows = []
-    for row, keep in zip(query.float(), valid, strict=True):
-        tokens = row[keep]
-        if len(tokens) > 2 * size:
-            tokens = torch.cat((tokens[:size], tokens[-size:]))
-        rows.append(tokens.mean(dim=(0, 1)))
-    return torch.stack(rows)
 
 
 @contextlib.contextmanager
@@ -125,7 +121,10 @@ def _attention(
     before_rotary = _queries[module].reshape(batch, length, -1, head_dim)
     share = mixture.share(layer, before_rotary, valid)
     mixture.columns[layer] = share
-    weight = share[:, None, None, None]
+    # Straight through: the value of a step, the slope of the share.
+    step = torch.where(share > 0.5, 1.0, 0.0)
+    weight = mixture.hardness * (step + share - share.detach()) + (1 - mixture.hardness) * share
+    weight = weight[:, None, None, None]
     return (weight * full + (1 - weight) * sparse).to(query.dtype), None
 
 

@@ -1,11 +1,12 @@
 """Training runs as one of several processes: started by test_processes.py, by path.
 
 Arguments: rank, number of processes, port, and the runs as JSON: a list of objects with
-``directory``, ``arguments`` and perhaps ``poisoned``, the example whose loss is NaN, or ``adapt``,
-to fine-tune the backbone instead. What a run raised is left in its directory, in
-``error-RANK.txt``.
+``directory``, ``arguments`` and perhaps ``fields``, changes to the configuration, ``poisoned``, the
+example whose loss is NaN, or ``adapt``, to fine-tune the backbone instead. What a run raised is
+left in its directory, in ``error-RANK.txt``.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -37,7 +38,13 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def train(directory: str, arguments: dict, poisoned: int | None = None, adapt: bool = False) -> str:
+def train(
+    directory: str,
+    arguments: dict,
+    fields: dict | None = None,
+    poisoned: int | None = None,
+    adapt: bool = False,
+) -> str:
     """One run; returns its error, or nothing."""
     import torch
 
@@ -52,7 +59,8 @@ def train(directory: str, arguments: dict, poisoned: int | None = None, adapt: b
             row["input_ids"] = [min(token, POISON - 1) for token in row["input_ids"]]
         data[poisoned]["input_ids"][-1] = POISON
     try:
-        settings = QUICK | {"ddp_backend": "gloo"} | arguments
+        config = dataclasses.replace(CONFIG, **(fields or {}))
+        settings = QUICK | {"ddp_backend": "gloo", "config": config} | arguments
         if adapt:
             del settings["config"]
             router = FluxRouter.from_model(model, CONFIG)

@@ -38,12 +38,15 @@ def train(files, *more: object):
 
 
 def test_train_writes_a_router_and_resumes(files):
-    result = train(files, "--task", "retrieval=0.3", "--set", "save_steps=1")
+    result = train(files, "--task", "retrieval=0.3", "--set", "save_steps=1",
+                   "--config", "suffix_size=5", "--config", "segments=separate")  # fmt: skip
     assert result.exit_code == 0, result.output
     router = FluxRouter.from_pretrained(files / "router")
     assert (router.config.sink, router.config.local) == (4, 8)
+    assert (router.config.suffix_size, router.config.segments) == (5, "separate")
     assert "| retrieval | 0.3 |" in (files / "router" / "README.md").read_text()
-    again = train(files, "--task", "retrieval=0.3", "--resume")
+    again = train(files, "--task", "retrieval=0.3", "--resume",
+                  "--config", "suffix_size=5", "--config", "segments=separate")  # fmt: skip
     assert again.exit_code == 0, again.output
     assert largest_difference(FluxRouter.from_pretrained(files / "router"), router) == 0
 
@@ -57,6 +60,9 @@ def test_train_writes_a_router_and_resumes(files):
         (("--data", "nothing.jsonl"), "nothing.jsonl"),
         (("--batch-size", 3), "batch_size"),
         (("--resume",), "checkpoint-N"),
+        (("--config", "prefix=3"), "unknown ['prefix']"),
+        (("--config", "suffix_size=-1"), "suffix_size"),
+        (("--mixture", "split=heldout"), "--mixture"),
         (("--data", "builtin"), "tokenizer"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,

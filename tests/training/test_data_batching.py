@@ -26,6 +26,7 @@ def test_rows_are_padded_on_the_right():
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5]]
     assert batch["task_id"].tolist() == [1, 0]
     assert batch["index"].tolist() == [7, 2]
+    assert batch["prompt_length"].tolist() == [3, 5]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 

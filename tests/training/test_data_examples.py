@@ -26,6 +26,18 @@ def test_every_token_is_a_label_unless_labels_say_otherwise():
     assert plain.input_ids.dtype == masked.labels.dtype == torch.int64
 
 
+def test_the_prompt_is_the_whole_row_unless_the_row_says_where_it_ends():
+    labels = [-100, -100, 7, 8]
+    rows = [
+        GOOD,
+        {**GOOD, "labels": labels},
+        {**GOOD, "prompt_length": 3},
+        {**GOOD, "prompt_length": torch.tensor(3), "lead_length": np.int64(1)},
+        {"text": "ab", "task": "mine", "prompt_length": None},
+    ]
+    assert [e.prompt_length for e in ready(rows)] == [4, 4, 3, 2, 3]
+
+
 def test_text_is_tokenised_as_the_model_expects_it():
     (example,) = ready([{"text": "ab", "task": "mine"}])
     assert example.input_ids.tolist() == [BOS, 97 + N_SPECIAL, 98 + N_SPECIAL]
@@ -102,6 +114,14 @@ BAD_ROWS = {
     "ragged": ({**GOOD, "input_ids": [[5, 6], [7]]}, "input_ids: expected a flat list"),
     "text of bytes": ({"text": b"ab", "task": "mine"}, "text: expected a string, got bytes"),
     "padded": ({**GOOD, "attention_mask": [0, 1, 1, 1]}, "attention_mask: expected rows without"),
+    "no prompt": ({**GOOD, "prompt_length": 0}, "prompt_length: expected an int from 1 to 4 .*0"),
+    "prompt beyond": ({**GOOD, "prompt_length": 5}, "prompt_length: expected an int from 1 to 4"),
+    "prompt of text": ({**GOOD, "prompt_length": "3"}, "prompt_length: expected an int from 1"),
+    "prompt of bool": ({**GOOD, "prompt_length": True}, "prompt_length: .*got True"),
+    "all lead": (
+        {**GOOD, "prompt_length": 3, "lead_length": 3},
+        "lead_length: expected an int from 0 to 2, got 3",
+    ),
     "not a mapping": ("text", "expected a mapping, got str"),
 }
 
@@ -148,6 +168,20 @@ def test_long_holistic_documents_are_cut_within_themselves():
         [0, 9], [10, 19], [100, 109], [110, 119]
     ]  # fmt: skip
     assert [e.index for e in examples] == [0, 1, 2, 3]
+
+
+def test_pieces_keep_the_part_of_the_prompt_that_they_hold():
+    row = {"input_ids": list(range(26)), "task": "holistic", "prompt_length": 13}
+    assert [e.prompt_length for e in ready([row], max_length=10)] == [10, 3, 6]
+
+
+def test_a_joined_row_s_prompt_ends_with_its_last_document_s():
+    rows = [document(10, 4), {**document(20, 4), "prompt_length": 1}]
+    (joined,) = ready(rows, join_short=True, max_length=16)
+    assert len(joined) == 9
+    assert joined.prompt_length == 6
+    (joined,) = ready(rows[::-1], join_short=True, max_length=16)
+    assert joined.prompt_length == 9
 
 
 def test_a_piece_without_loss_is_left_out():

@@ -40,6 +40,12 @@ def test_loss_on_the_assistants_turns_and_their_end(messages, said):
     assert labelled(example) == said
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(example.input_ids) == whole
+    asked = tokenizer.apply_chat_template(
+        messages[: messages.index(next(m for m in messages if m["role"] == "assistant"))],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert tokenizer.decode(example.input_ids[: example.prompt_length]) == asked
     kept = example.labels != -100
     assert example.labels[kept].tolist() == example.input_ids[kept].tolist()
 

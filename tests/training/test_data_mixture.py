@@ -108,6 +108,15 @@ def test_a_lead_is_between_the_prompt_and_the_answer(style):
         assert decode(item["input_ids"][answer:]).startswith(f" {item['answer']}")
 
 
+def test_the_router_reads_up_to_the_answer_or_half_of_a_text():
+    made = mixture(14, style="mixed")
+    for item, example in zip(made, prepare(made, tasks=resolve_tasks()), strict=True):
+        assert example.prompt_length == item["prompt_length"] - item["lead_length"]
+        if item["form"] in ("code", "prose"):
+            assert example.prompt_length == pytest.approx(LENGTH / 2, abs=100)
+            assert (example.labels[: example.prompt_length] == -100).all()
+
+
 @pytest.mark.parametrize("lead", [0.0, 1.0])
 def test_all_answers_are_led_up_to_or_none(lead):
     made = mixture(6, tasks=("needle", "two_hop"), question="both", lead=lead)

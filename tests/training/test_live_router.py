@@ -6,7 +6,10 @@ import torch
 import fluxcompile.kernels.ops  # noqa: F401  registers torch.ops.flux
 from fluxcompile.layer_router import LayerRouter
 from fluxcompile.live_router import LiveLogits, row_logits, tensor_names
+from fluxcompile.pooling import Pooling
 from fluxcompile.router_pooling import full_attention_rows
+
+POOLING = Pooling(3, 3)
 
 
 class Extended(LayerRouter):
@@ -44,8 +47,8 @@ def tensors_of(router: LayerRouter) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", [LayerRouter, Extended])
 def test_same_logits_and_gradients(kind):
     router = randomised(kind(8))
-    live, tensors = LiveLogits(kind(8)), tensors_of(router)
-    expected, got = row_logits(router, *picked_tokens()), live(*picked_tokens(), *tensors)
+    live, tensors = LiveLogits(kind(8), POOLING), tensors_of(router)
+    expected, got = row_logits(router, *picked_tokens(), POOLING), live(*picked_tokens(), *tensors)
     assert torch.equal(got, expected)
     parameters = list(router.parameters())
     for a, b in zip(
@@ -57,7 +60,7 @@ def test_same_logits_and_gradients(kind):
 
 
 def test_it_owns_nothing():
-    live = LiveLogits(Extended(8))
+    live = LiveLogits(Extended(8), POOLING)
     assert not [*live.parameters(), *live.buffers(), *live.children()]
 
 
@@ -66,9 +69,9 @@ def test_decides_as_inference_does(dtype):
     router = randomised(LayerRouter(8))
     picked, weight = picked_tokens(dtype)
     with torch.no_grad():  # centred, so that the rows differ
-        middle = (row_logits(router, picked, weight) @ torch.tensor([1.0, -1.0])).median()
+        middle = (row_logits(router, picked, weight, POOLING) @ torch.tensor([1.0, -1.0])).median()
         router.head[-1].bias.add_(torch.tensor([0.0, 1.0]) * middle)
     parameters = [p.detach() for p in router.parameters()]
     inferred = torch.ops.flux.route_rows(picked, weight, parameters[0::2], parameters[1::2])
-    assert torch.equal(full_attention_rows(row_logits(router, picked, weight)), inferred)
+    assert torch.equal(full_attention_rows(row_logits(router, picked, weight, POOLING)), inferred)
     assert inferred.unique().numel() == 2

@@ -39,6 +39,19 @@ def test_triangle(padding):
     cases.assert_same(got, cases.eager_step(case, batch, noise))
 
 
+@pytest.mark.parametrize("hardness", [0.3, 1.0])
+def test_hardened(hardness):
+    """Nearer to hard routes forward, the slope of the shares backward; one graph for all."""
+    case = cases.compiled(cases.trainable("llama"))
+    batch, noise = prompt(3, LONG, "left"), cases.noise_for(case.router, 3)
+    soft = cases.compiled_step(case, batch, noise)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = cases.compiled_step(case, batch, noise, hardness=hardness)
+    cases.assert_same(got, cases.eager_step(case, batch, noise, hardness=hardness))
+    torch.testing.assert_close(got.shares[:, 0], soft.shares[:, 0])  # themselves they stay soft
+    assert (got.loss - soft.loss).abs() > 1e-6
+
+
 def test_padded_row_equals_its_unpadded_run():
     case = cases.compiled(cases.trainable("qwen3"), dynamic=True)
     batch = prompt(3, LONG, "left")

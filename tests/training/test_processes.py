@@ -1,5 +1,6 @@
 """Two processes over gloo train the router that one process trains."""
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from fluxcompile import FluxRouter
@@ -16,6 +18,8 @@ from tests.training.tiny import CONFIG, QUICK, largest_difference, tiny_data, ti
 SCRIPT = Path(__file__).with_name("one_of_many.py")
 SETTINGS = {"batch_size": 4, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 3}
 
+FIELDS = {"standardize": True, "segments": "separate"}
+FEW = SETTINGS | {"calibration_rows": 7, "max_steps": 2}  # shared unevenly
 ADAPT = SETTINGS | {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
 
 
@@ -58,7 +62,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A directory for each run, for one that meets NaN, and for one that adapts the backbone."""
+    """A directory for each run, for others that calibrate, meet NaN, or adapt the backbone."""
     root = tmp_path_factory.mktemp("two")
     runs = []
     for name, changes in RUNS.items():
@@ -66,6 +70,7 @@ def two(tmp_path_factory) -> tuple[Path, list[str]]:
         if "resume_from_checkpoint" in arguments:
             arguments["resume_from_checkpoint"] = str(root / changes["resume_from_checkpoint"])
         runs.append({"directory": str(root / name), "arguments": arguments})
+    runs.append({"directory": str(root / "standardised"), "arguments": FEW, "fields": FIELDS})
     runs.append({"directory": str(root / "poisoned"), "arguments": SETTINGS, "poisoned": 7})
     runs.append({"directory": str(root / "adapted"), "arguments": ADAPT, "adapt": True})
     for run in runs:
@@ -92,6 +97,19 @@ def test_two_processes_train_the_router_of_one(one, two, run):
     for a, b in zip(logs_of(ours), logs_of(theirs), strict=True):
         for name in ("lm_loss", "sparsity/holistic", "lambda2/retrieval"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7)
+
+
+def test_two_processes_calibrate_as_one_does(two):
+    root, output = two
+    assert [error_of(root / "standardised", rank) for rank in range(2)] == ["", ""], output
+    config = dataclasses.replace(CONFIG, **FIELDS)
+    ours = train_router(tiny_model(), tiny_data(), **QUICK | FEW | {"config": config})
+    theirs = FluxRouter.from_pretrained(root / "standardised")
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(other.feature_mean, one.feature_mean, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            other.feature_deviation, one.feature_deviation, rtol=1e-4, atol=1e-7
+        )
 
 
 def test_nan_in_one_process_stops_both(two):

@@ -163,6 +163,14 @@ class TestSettings:
         ):
             cases.lm_loss(case.model, prompt(2, SHORT))
 
+    @pytest.mark.parametrize("hardness", [-0.1, 1.5, float("nan"), "1"])
+    def test_hardness(self, case, hardness):
+        with (
+            pytest.raises(RouterError, match="hardness"),
+            soft_routes(case.router, hardness=hardness),
+        ):
+            cases.lm_loss(case.model, prompt(2, SHORT))
+
     def test_shares_before_a_forward(self, case):
         with soft_routes(case.router) as soft, pytest.raises(RouterError, match=r"layers\.0"):
             soft.shares()
