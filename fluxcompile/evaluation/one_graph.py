@@ -7,7 +7,6 @@ computes both attentions of every layer, which is the price.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -29,9 +28,6 @@ from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import pinning_noise
 
 _HARD = 1e-12  # temperature at which only equal logits make a share other than 0 and 1
-
-#: Does a pass over prompt and answer decide its routes by the prompt alone?
-_KNOWS_PROMPTS = "prompt_length" in inspect.signature(soft_routes).parameters
 
 
 def serves(config: FluxConfig) -> bool:
@@ -113,18 +109,9 @@ class OneGraph:
 
         def run(prompts: Sequence[Prompt]) -> Scores:
             self.router.load_state_dict(router.state_dict())
-            if _KNOWS_PROMPTS:
-                return self._in_one_pass(prompts)
-            return self._pinned(prompts, self._decide(prompts))
+            return self._decided(prompts)
 
         return run
-
-    @torch.no_grad()
-    def _decide(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """Routes by the prompts: bool ``[B, L]``."""
-        with soft_routes(self.router, temperature=_HARD) as soft:
-            self._states(*padded([prompt.prompt for prompt in prompts], self.device))
-        return soft.shares() > 0.5
 
     @torch.no_grad()
     def _pinned(self, prompts: Sequence[Prompt], full: torch.Tensor) -> Scores:
@@ -133,7 +120,7 @@ class OneGraph:
         return self._score(states, prompts, full)
 
     @torch.no_grad()
-    def _in_one_pass(self, prompts: Sequence[Prompt]) -> Scores:
+    def _decided(self, prompts: Sequence[Prompt]) -> Scores:
         lengths = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
         with soft_routes(self.router, temperature=_HARD, prompt_length=lengths) as soft:
             states = self._whole(prompts)
