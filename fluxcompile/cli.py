@@ -162,6 +162,55 @@ def train(
     typer.echo(f"router: {output}")
 
 
+@app.command("eval")
+def evaluate(
+    router: Annotated[Path, typer.Option(help="A trained router's folder.")],
+    model: Annotated[
+        str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')
+    ] = "smollm2",
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--length", "--lengths", min=1, help="Tokens; repeatable. 2048 and 4096."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="needle, needles, key_value, two_hop, code, prose, in_context; all."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Prompts a task and length.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts a call.")] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
+    ] = None,
+) -> None:
+    """Hold a router against full attention on held-out prompts, through the compiled model."""
+    from fluxcompile.errors import FluxError
+
+    given = {"lengths": lengths, "tasks": task}
+    try:
+        from fluxcompile.evaluation.command import EvalSettings, run_eval
+
+        settings = EvalSettings(
+            model,
+            router,
+            examples=examples,
+            batch=batch,
+            seed=seed,
+            lowering=lowering.value,
+            device=device,
+            dtype=dtype.value if dtype else None,
+            **{name: value for name, value in given.items() if value},
+        )
+        run_eval(settings)
+    except FluxError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
+
+
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A published Flux Attention checkpoint.")],

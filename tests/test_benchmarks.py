@@ -1,8 +1,10 @@
 """The benchmarks run, count right and see a wrong attention."""
 
 import argparse
+import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,15 @@ import torch
 import fluxcompile
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run_script(name: str, *arguments: str) -> str:
+    """Run a script as a user does; returns what it prints."""
+    # A script finds its neighbours beside itself, unless this is set.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(FOLDER / name), "--device", "cpu", "--tiny", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return done.stdout
 
 
 @pytest.fixture
@@ -28,12 +39,10 @@ def prefill(monkeypatch):
 
 def test_prefill_script_runs_on_a_cpu(tmp_path):
     file = tmp_path / "prefill.json"
-    command = [
-        sys.executable, str(FOLDER / "prefill.py"), "--device", "cpu", "--tiny",
-        "--lengths", "300", "--peers", "eager", "flux", "flux-router", "--omega", "0.5",
-        "--repeat", "2", "--lowering", "eager", "--json", str(file),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    run_script(
+        "prefill.py", "--lengths", "300", "--peers", "eager", "flux", "flux-router",
+        "--omega", "0.5", "--repeat", "2", "--lowering", "eager", "--json", str(file),
+    )  # fmt: skip
     record = json.loads(file.read_text())
     assert {"date", "commit", "device", "torch", "transformers"} <= record["environment"].keys()
     assert [result["peer"] for result in record["results"]] == [
@@ -87,12 +96,75 @@ def test_dense_layers_are_spread(prefill, layers, omega, dense):
     assert len(gaps) <= 2
 
 
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import quality_static
+    import quality_tiny
+
+    yield argparse.Namespace(static=quality_static, tiny=quality_tiny)
+    for name in [name for name in sys.modules if name.split("_")[0] == "quality"]:
+        sys.modules.pop(name)
+    for name in ("models", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_quality_script_runs_on_a_cpu(quality, tmp_path):
+    """A toy that routes its first layer sparse and its second full, against the two patterns."""
+    model, _ = quality.tiny.load_tiny("cpu", torch.float32)
+    router = fluxcompile.FluxRouter.from_model(model, fluxcompile.FluxConfig(sink=16, local=64))
+    with torch.no_grad():
+        router.layers[0].head[-1].bias.copy_(torch.tensor([4.0, 0.0]))
+    router.save_pretrained(tmp_path / "router")
+    output = tmp_path / "output"
+    shown = run_script(
+        "quality.py", "--lowering", "eager", "--lengths", "1536", "--tasks", "needle", "code",
+        "--examples", "2", "--batch", "2", "--search-length", "1536", "--search-examples", "1",
+        "--methods", "greedy", "majority", "--router", f"first={tmp_path / 'router'}",
+        "--static", "second=1,0", "--output", str(output),
+        *([] if importlib.util.find_spec("matplotlib") else ["--no-plots"]),
+    )  # fmt: skip
+    record = json.loads((output / "quality.json").read_text())
+    assert {"date", "commit", "device"} <= record["environment"].keys()
+    runs = {run["name"]: run for run in record["runs"]}
+    names = ["full", "first", "all sparse", "second", "greedy 1/2", "majority of first"]
+    assert list(runs) == names
+    assert runs["majority of first"]["routes"] == [0, 1]
+    assert [run["omega"] for run in runs.values()] == [0, 0.5, 1, 0.5, 0.5, 0.5]
+    for routed, static in zip(
+        runs["first"]["cells"], runs["majority of first"]["cells"], strict=True
+    ):
+        assert routed["share_full"] == [0, 1]
+        assert routed["values"] == pytest.approx(static["values"], rel=1e-4), "two compiles"
+    assert record["two_compiles_of_full_attention_apart"] < 1e-4
+    goals = {goal["goal"].split()[0]: goal for goal in record["goals"]}
+    assert goals["needle"]["met"] is None, "4096 tokens were not run"
+    assert goals["quality"]["note"].split(",")[0] in names
+    assert goals["quality"]["met"] is False, "one of the patterns is the router's own"
+    assert goals["code"]["met"] is False, "Ω is 0.5"
+    assert "MISSED" in shown
+    if importlib.util.find_spec("matplotlib"):
+        assert {file.name for file in output.iterdir()} >= {"pareto.png", "routes.png"}
+
+
+def test_majority_is_sparse_where_the_router_most_often_is(quality):
+    from fluxcompile.evaluation import Cell, CellResult
+
+    def cell(task, rows):
+        full = torch.tensor(rows, dtype=torch.bool)
+        scores = torch.zeros(len(rows))
+        return CellResult(Cell(task, 64), scores.double(), scores.bool(), full)
+
+    results = [cell("needle", [[1, 1, 0, 1]]), cell("code", [[1, 0, 0, 1], [1, 0, 0, 0]])]
+    results = {result.cell: result for result in results}
+    assert quality.static.sparse_layers(results) == 1, "Ω (1/4 + 5/8) / 2 of 4 layers, less"
+    assert quality.static.majority(results, 1) == (1, 1, 0, 1)
+    assert quality.static.majority(results, 2) == (1, 0, 0, 1)
+
+
 def run_kernels(tmp_path, *arguments):
     file = tmp_path / "kernels.json"
-    command = [sys.executable, str(FOLDER / "kernels.py"), "--device", "cpu", "--tiny"]
-    subprocess.run(
-        [*command, "--json", str(file), *arguments], check=True, capture_output=True, text=True
-    )
+    run_script("kernels.py", "--json", str(file), *arguments)
     return json.loads(file.read_text())
 
 

@@ -6,7 +6,7 @@ Each function returns one 0/1 a layer, 1 for full attention, as
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,13 +162,27 @@ def greedy_routes(
     config = FluxConfig() if config is None else config
     shortest = config.sink + config.local + 1
     examples = _examples(model, data, tokenizer, tasks, shortest, max_length)
-    sparse: list[int] = []
     with compiler_settings(None), PatternLoss.of(model, config, lowering) as loss:
-        for _ in range(sparse_layers):
-            left = [layer for layer in range(layers) if layer not in sparse]
-            costs = {layer: loss(_routes(layers, [*sparse, layer]), examples) for layer in left}
-            sparse.append(min(left, key=costs.__getitem__))
-    return _routes(layers, sparse)
+        order = greedy_order(lambda routes: loss(routes, examples), layers, sparse_layers)
+    return _routes(layers, order)
+
+
+def greedy_order(cost: Callable[[Routes], float], layers: int, sparse_layers: int) -> list[int]:
+    """Layers in the order in which greedy search makes them sparse.
+
+    The first ``k`` of them are what it finds for ``k`` sparse layers.
+
+    Args:
+        cost: of a pattern.
+        layers: how many there are.
+        sparse_layers: how many to choose.
+    """
+    sparse: list[int] = []
+    for _ in range(sparse_layers):
+        left = [layer for layer in range(layers) if layer not in sparse]
+        costs = {layer: cost(_routes(layers, [*sparse, layer])) for layer in left}
+        sparse.append(min(left, key=costs.__getitem__))
+    return sparse
 
 
 def _routes(layers: int, sparse: Sequence[int]) -> Routes:

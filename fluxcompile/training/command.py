@@ -70,7 +70,7 @@ def train(
     cpu = cpu or not torch.cuda.is_available()
     if data != BUILT_IN and not Path(data).is_file():
         raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
-    loaded, tokenizer = _load(model, dtype or ("float32" if cpu else "bfloat16"))
+    loaded, tokenizer = load_model(model, dtype or ("float32" if cpu else "bfloat16"))
     if data == BUILT_IN:
         if tokenizer is None:
             raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
@@ -124,7 +124,8 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _load(name: str, dtype: str) -> tuple[nn.Module, Any]:
+def load_model(name: str, dtype: str) -> tuple[nn.Module, Any]:
+    """Model and tokenizer (None if there is none) of ``"smollm2"``, a directory or a Hub id."""
     if name == SMOLLM2:
         from fluxcompile import smollm2
 

@@ -21,6 +21,19 @@ _DECISIVE = 1e4
 _CHUNK = 1024
 
 
+def pinning_noise(full: torch.Tensor) -> torch.Tensor:
+    """Noise that makes each row take the routes ``full``, whatever its router says.
+
+    Args:
+        full: bool ``[B, L]``, True for full attention.
+
+    Returns:
+        fp32 ``[B, L, 2]``, as ``soft_routes`` takes it.
+    """
+    wanted = full.to(torch.float32)
+    return _DECISIVE * torch.stack([1 - wanted, wanted], dim=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class PatternLoss:
     """Mean loss of examples under fixed routes.
@@ -49,8 +62,7 @@ class PatternLoss:
     @torch.no_grad()
     def __call__(self, routes: Sequence[int], examples: Sequence[Example]) -> float:
         """Mean over the examples of each one's mean over its targets; ``routes`` is 1 for full."""
-        full = torch.tensor(routes, dtype=torch.float32, device=self.device)
-        noise = _DECISIVE * torch.stack([1 - full, full], dim=-1)[None]
+        noise = pinning_noise(torch.tensor([routes], dtype=torch.bool, device=self.device))
         total = 0.0
         for example in examples:
             ids, labels = (x[None].to(self.device) for x in (example.input_ids, example.labels))

@@ -1,0 +1,145 @@
+"""What routes cost in quality: learned routers, static patterns and full attention, held out.
+
+    python benchmarks/quality.py --router flux=DIR --output benchmarks/results/quality
+    python benchmarks/quality.py --device cpu --tiny --output /tmp/quality         # does it run?
+
+Needles, other retrieval, code, prose and in-context learning on text that no router was trained
+on, at 2K, 4K and 8K. Every router runs through the compiled model as a user runs it: the prompt
+fills the cache and decides the routes, the answer follows. An answer counts if greedy generation
+says it token for token (judged teacher-forced, which is the same); code and prose by the loss of
+their second half, routed by the first. Static patterns share one training-mode compile, which is
+checked against the user's on the same prompts first.
+
+To compare at equal Ω, each router gets static counterparts with as many sparse layers as it has on
+average, rounded down in their favour: ``greedy`` (searched on training prompts), ``entropy``,
+``random``, and ``majority``, the layers that the router itself most often makes sparse.
+
+The ablation: train routers that differ in one setting and give all of them, seeds under one name:
+
+    for seed in 0 1 2; do
+      fluxcompile train smollm2 --output runs/full-$seed --seed $seed --sink 64 --local 512
+      fluxcompile train smollm2 --output runs/plain-$seed --seed $seed --sink 64 --local 512 \
+        --set SETTING=VALUE
+    done
+    python benchmarks/quality.py --output report \
+      --router full=runs/full-{0,1,2} --router plain=runs/plain-{0,1,2}
+
+(``--router NAME=DIR`` may be repeated; further directories after it are further seeds.) A fixed
+pattern of your own: ``--static NAME=1,0,0,…``, 1 for full attention. ``--output`` gets
+``quality.json``, ``pareto.png`` and ``routes.png``; the plots need ``pip install
+"fluxcompile[bench]"``.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from common import environment, print_table, write_json
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import FluxError
+from fluxcompile.evaluation import builtin_prompts
+from fluxcompile.evaluation.prompts import METRICS, check_lengths
+from fluxcompile.training.data import ALL
+from quality_contenders import RouterRun, given_patterns, given_routers
+from quality_goals import goals
+from quality_plots import pareto, require_matplotlib, route_map
+from quality_record import as_record
+from quality_run import Bench, load
+from quality_static import METHODS
+from quality_tables import goal_rows, omega_rows, score_rows, summary_rows
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", help='"smollm2", a directory or a Hub id')
+    parser.add_argument(
+        "--router", nargs="+", action="append", default=[], metavar="NAME=DIR [DIR ...]"
+    )
+    parser.add_argument("--static", action="append", default=[], metavar="NAME=1,0,0,...")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--sparse-layers",
+        type=int,
+        nargs="*",
+        default=[],
+        help="also static patterns with so many sparse layers, besides the routers' counterparts",
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--tasks", nargs="+", default=list(ALL), choices=sorted(METRICS))
+    parser.add_argument("--examples", type=int, default=100, help="prompts a task and length")
+    parser.add_argument("--style", choices=("mixed", "chat", "plain"), default="mixed")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and resamples")
+    parser.add_argument("--batch", type=int, default=8, help="prompts a call")
+    parser.add_argument("--sink", type=int, default=64, help="where no router says")
+    parser.add_argument("--local", type=int, default=512, help="where no router says")
+    parser.add_argument("--search-length", type=int, default=4096, help="of greedy's prompts")
+    parser.add_argument("--search-examples", type=int, default=4, help="a task, of greedy's")
+    parser.add_argument(
+        "--through",
+        choices=("user", "graph"),
+        default="user",
+        help="routers: an inference compile each, or the training-mode compile of the patterns",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--lowering", default="inductor")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--no-plots", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    if not args.no_plots:
+        require_matplotlib()  # before anything takes time
+    started = time.perf_counter()
+    model, tokenizer = load(args)
+    check_lengths(model, args.lengths)
+    routers = given_routers(args.router, args.device)
+    patterns = given_patterns(args.static)
+    configs = [router.router.config for router in routers] or [
+        FluxConfig(sink=args.sink, local=args.local)
+    ]
+    cells = builtin_prompts(
+        tokenizer,
+        tasks=args.tasks,
+        lengths=args.lengths,
+        examples=args.examples,
+        seed=args.seed,
+        style=args.style,
+    )
+    where = environment(args.device)
+    for key, value in where.items():
+        print(f"{key:>12}: {value}")
+    print(f"{'seed':>12}: {args.seed}, {args.examples} prompts a task and length, {args.style}")
+
+    bench = Bench(model, tokenizer, cells, args)
+    full = bench.full(configs[0])
+    runs = [full, *bench.routers(routers)]
+    runs += bench.statics(configs, [run for run in runs if isinstance(run, RouterRun)], patterns)
+    verdicts = goals(runs, args.seed)
+
+    for length in args.lengths:
+        print_table(f"{length} tokens: accuracy, or loss of code and prose (95% intervals)",
+                    score_rows(runs, length, args.seed))  # fmt: skip
+    print_table("Ω of each task, over all lengths", omega_rows(runs))
+    print_table("against full attention", summary_rows(runs, args.seed))
+    if verdicts:
+        print_table("goals", goal_rows(verdicts))
+    record = as_record(where, args, bench, runs, verdicts)
+    record["seconds"] = time.perf_counter() - started
+    write_json(args.output / "quality.json", record)
+    if not args.no_plots:
+        pareto(runs, args.seed, args.output / "pareto.png")
+        route_map(runs, args.output / "routes.png")
+    print(f"{args.output}: quality.json and plots, after {record['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FluxError as error:
+        raise SystemExit(f"error: {error}") from error

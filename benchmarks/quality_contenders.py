@@ -1,0 +1,108 @@
+"""Who takes part: routers and patterns as the command line names them, and what they scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import OptionError
+from fluxcompile.evaluation import Results
+from fluxcompile.router import FluxRouter
+
+# Settings that say what sparse attention computes; the others say what a router reads.
+ATTENTION = ("sparse", "retrieval", "sink", "local", "stride", "threshold", "block", "last")
+
+
+@dataclass(frozen=True, eq=False)
+class NamedRouter:
+    """A router and where it is from; ``name`` is unique, ``recipe`` shared by its seeds."""
+
+    name: str
+    recipe: str
+    directory: str
+    router: FluxRouter
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One contender's results, over every cell.
+
+    Attributes:
+        name: in tables and plots.
+        config: of the sparse attention.
+        results: by cell.
+        through: ``"user"`` (an inference compile) or ``"graph"`` (the shared training graph).
+        seconds: compiling included.
+    """
+
+    kind: ClassVar[str] = "full"
+    name: str
+    config: FluxConfig
+    results: Results
+    through: str
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class RouterRun(Run):
+    """Of a learned router."""
+
+    kind: ClassVar[str] = "router"
+    source: NamedRouter = field(kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class StaticRun(Run):
+    """Of fixed ``routes``, one 0/1 a layer, 1 for full attention."""
+
+    kind: ClassVar[str] = "static"
+    routes: tuple[int, ...] = field(kw_only=True)
+
+    @property
+    def sparse_layers(self) -> int:
+        return self.routes.count(0)
+
+
+def same_attention(one: FluxConfig, other: FluxConfig) -> bool:
+    """Whether routes to either mean the same attention."""
+    return all(getattr(one, name) == getattr(other, name) for name in ATTENTION)
+
+
+def given_routers(options: Sequence[Sequence[str]], device: str) -> list[NamedRouter]:
+    """From ``[["NAME=DIR", "DIR", ...], ...]``; a name's second router is ``NAME#2``.
+
+    A shell makes ``NAME=DIR0 NAME=DIR1`` of ``NAME=DIR{0,1}``: the name may come again.
+
+    Raises:
+        OptionError: no name.
+        RouterError: a directory holds no router.
+    """
+    found: list[NamedRouter] = []
+    for option in options:
+        name = option[0].partition("=")[0]
+        for i_directory, text in enumerate(option):
+            directory = text.removeprefix(f"{name}=")
+            if not name or not directory or (i_directory == 0 and directory == text):
+                raise OptionError.mismatch("--router", "NAME=DIR", repr(text))
+            seeds = sum(other.recipe == name for other in found)
+            unique = f"{name}#{seeds + 1}" if seeds else name
+            router = FluxRouter.from_pretrained(directory).to(device)
+            found.append(NamedRouter(unique, name, directory, router))
+    return found
+
+
+def given_patterns(options: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """From ``["NAME=1,0,0", ...]``.
+
+    Raises:
+        OptionError: not a name and 0/1 entries.
+    """
+    patterns = {}
+    for text in options:
+        name, _, entries = text.partition("=")
+        try:
+            routes = tuple({"0": 0, "1": 1}[entry.strip()] for entry in entries.split(","))
+        except KeyError:
+            raise OptionError.mismatch("--static", "NAME=1,0,0,…", repr(text)) from None
+        patterns[name] = routes
+    return patterns

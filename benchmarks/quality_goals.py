@@ -1,0 +1,140 @@
+"""What a router is held to on SmolLM2-135M, and whether it gets there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fluxcompile.errors import DataError
+from fluxcompile.evaluation import Cell
+from fluxcompile.evaluation.compare import (
+    context_awareness,
+    judged,
+    omega,
+    quality,
+    quality_difference,
+    relative,
+)
+from fluxcompile.evaluation.intervals import Estimate
+from quality_contenders import RouterRun, Run, StaticRun, same_attention
+from quality_static import sparse_layers
+
+NEEDLE = {4096: 0.97, 8192: 0.92}  # accuracy over full attention's, by length
+NEEDLE_OMEGA = 0.5
+OTHERS = 0.93
+LOSS = 0.035  # over full attention's
+LOSS_OMEGA = 0.75
+AWARENESS = 0.2
+GAIN = 1e-3  # of full attention's quality: rounding in two compiles is no gain
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One goal of one router.
+
+    Attributes:
+        found: with an interval where there is one.
+        omega: of the prompts it was found on, where the goal bounds it.
+        met: by the value found (against static patterns: by the whole interval); None where it
+            cannot be judged, for the reason in ``note``.
+    """
+
+    router: str
+    recipe: str
+    goal: str
+    found: Estimate | None
+    omega: float | None
+    met: bool | None
+    note: str = ""
+
+
+def goals(runs: Sequence[Run], seed: int) -> list[Verdict]:
+    """Every goal of every router."""
+    full = runs[0]
+    routers = [run for run in runs if isinstance(run, RouterRun)]
+    statics = [run for run in runs if isinstance(run, StaticRun)]
+    return [verdict for run in routers for verdict in _Judge(run, full, seed).all(statics)]
+
+
+class _Judge:
+    def __init__(self, run: RouterRun, full: Run, seed: int) -> None:
+        self.run, self.full, self.seed = run, full.results, seed
+        self.results = run.results
+
+    def all(self, statics: Sequence[StaticRun]) -> list[Verdict]:
+        verdicts = [self._needle(length, bound) for length, bound in NEEDLE.items()]
+        others = dict.fromkeys(
+            cell.task for cell in self.full if cell.kind == "retrieval" and cell.task != "needle"
+        )
+        verdicts += [self._other(task) for task in others]
+        return [*verdicts, self._loss(), self._awareness(), self._static(statics)]
+
+    def _needle(self, length: int, bound: float) -> Verdict:
+        goal = f"needle at {length} ≥ {bound} of full, Ω ≥ {NEEDLE_OMEGA}"
+        return self._accuracy(goal, [Cell("needle", length)], bound, NEEDLE_OMEGA)
+
+    def _other(self, task: str) -> Verdict:
+        cells = [cell for cell in self.full if cell.task == task]
+        return self._accuracy(f"{task} ≥ {OTHERS} of full", cells, OTHERS, None)
+
+    def _accuracy(
+        self, goal: str, cells: list[Cell], bound: float, least_omega: float | None
+    ) -> Verdict:
+        if not all(cell in self.full for cell in cells):
+            return self._verdict(goal, note="not run")
+        good = [cell for cell in cells if cell in judged(self.full)]
+        if not good:
+            return self._verdict(goal, note="full attention fails it")
+        found = relative(self.results, self.full, good, seed=self.seed)
+        share = omega(self.results, good)
+        met = found.value >= bound and (least_omega is None or share >= least_omega)
+        left = [str(cell.length) for cell in cells if cell not in good]
+        note = f"without {', '.join(left)}: full attention fails it" if left else ""
+        return self._verdict(goal, found, share, met, note)
+
+    def _loss(self) -> Verdict:
+        goal = f"code and prose: loss ≤ {LOSS:+.1%} over full, Ω ≥ {LOSS_OMEGA}"
+        cells = [cell for cell in self.full if cell.metric == "loss"]
+        if not cells:
+            return self._verdict(goal, note="not run")
+        over = relative(self.results, self.full, cells, seed=self.seed)
+        found = Estimate(*(value - 1 for value in over))
+        share = omega(self.results, cells)
+        return self._verdict(goal, found, share, found.value <= LOSS and share >= LOSS_OMEGA)
+
+    def _awareness(self) -> Verdict:
+        goal = f"Ω(holistic) − Ω(retrieval) ≥ {AWARENESS} at every length"
+        try:
+            found = {n: context_awareness(self.results, n) for n in {c.length for c in self.full}}
+        except DataError as problem:
+            return self._verdict(goal, note=str(problem))
+        least = min(found.values())
+        note = ", ".join(f"{value:+.2f} at {n}" for n, value in sorted(found.items()))
+        estimate = Estimate(least, float("nan"), float("nan"))
+        return self._verdict(goal, estimate, None, least >= AWARENESS, note)
+
+    def _static(self, statics: Sequence[StaticRun]) -> Verdict:
+        count = sparse_layers(self.results)
+        goal = f"quality over the best static's at equal Ω: interval > {GAIN}"
+        rivals = [
+            rival
+            for rival in statics
+            if rival.sparse_layers == count and same_attention(rival.config, self.run.config)
+        ]
+        if not rivals:
+            return self._verdict(goal, note=f"no static pattern of {count} sparse layers was run")
+        best = max(rivals, key=lambda rival: quality(rival.results, self.full).value)
+        found = quality_difference(self.results, best.results, self.full, seed=self.seed)
+        return self._verdict(
+            goal, found, omega(self.results), found.low > GAIN,
+            f"{best.name}, Ω {omega(best.results):.2f}",
+        )  # fmt: skip
+
+    def _verdict(
+        self,
+        goal: str,
+        found: Estimate | None = None,
+        share: float | None = None,
+        met: bool | None = None,
+        note: str = "",
+    ) -> Verdict:
+        source = self.run.source
+        return Verdict(source.name, source.recipe, goal, found, share, met, note)

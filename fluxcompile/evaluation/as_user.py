@@ -1,0 +1,165 @@
+"""The compiled model as a user runs it: a prompt that decides the routes, then what follows it.
+
+The prompt fills a key/value cache in one call; the targets follow in a second call on that cache,
+which keeps the rows' routes. Nothing of an answer is there when its route is decided. With
+streaming attention, where a token reads the same keys in a call of many as in a call of its own,
+this scores what greedy generation says; in other modes the second call is a further piece of
+prompt, as a next turn of a chat is.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from fluxcompile.attachment import attach, attachment_of, detach
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import RouterError
+from fluxcompile.evaluation.compiling import no_silent_eager
+from fluxcompile.evaluation.padding import padded, positions
+from fluxcompile.evaluation.prompts import Prompt
+from fluxcompile.evaluation.scoring import Places, Scores, score
+from fluxcompile.model_layers import attention_layers, unwrap
+from fluxcompile.route_record import Routes, routes_of
+from fluxcompile.router import FluxRouter
+from fluxcompile.training.backbone import attached, check_trainable, frozen
+from fluxcompile.training.language_model import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class AsUser:
+    """Scores batches of prompts through one inference compile.
+
+    Attributes:
+        model: the model; ``language_model`` its two halves.
+        run: the decoder, compiled.
+        layer_names: of all attention layers, in order.
+        fixed: the routes, one a layer, True for full attention; None if a router decides.
+    """
+
+    model: nn.Module
+    language_model: LanguageModel
+    run: Callable[..., Any]
+    layer_names: tuple[str, ...]
+    fixed: tuple[bool, ...] | None
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        router: FluxRouter | None = None,
+        routes: str | Sequence[int] | None = None,
+        config: FluxConfig | None = None,
+        lowering: str = "inductor",
+    ) -> Iterator[Self]:
+        """For ``model`` under a router, or under fixed routes; frozen meanwhile.
+
+        What was compiled before is forgotten: of two compiles of one model Dynamo tries one after
+        the other on every call, and soon compiles no more.
+
+        Args:
+            model: a causal language model, not compiled.
+            router: decides; on the model's device.
+            routes: as the backend's option, where there is no router.
+            config: of the sparse attention, where there is no router.
+            lowering: as the backend's option.
+
+        Raises:
+            TrainingError: ``model`` is compiled already.
+            RouterError: the router is another model's.
+        """
+        model = unwrap(model)
+        check_trainable(model)
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"strict": True, "lowering": lowering}
+        if router is not None:
+            options |= {"router": router}
+        else:
+            options |= {"routes": routes, "config": config}
+        serving = attached(model, router) if router is not None else _unattached(model)
+        with no_silent_eager(), serving, frozen(model):
+            probe = torch.arange(8, device=next(model.parameters()).device)[None] % 2
+            language_model = LanguageModel.of(model).checked(model, probe)
+            run = torch.compile(language_model.body, backend="flux", options=options)
+            names = tuple(attention_layers(model)) if router is None else router.layer_names
+            fixed = _fixed(routes, len(names)) if router is None else None
+            yield cls(model, language_model, run, names, fixed)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt]) -> Scores:
+        """Scores of a batch; prompts of one batch are padded to one length, on the left."""
+        device = next(self.model.parameters()).device
+        cache = DynamicCache(config=self.model.config)
+        ids, mask = padded([prompt.prompt for prompt in prompts], device, left=True)
+        before = routes_of(self.model)
+        states = self._call(ids, mask, positions(mask), cache)[:, -1:]
+        full = self._routes(len(prompts), before)
+        targets, valid = padded([prompt.target for prompt in prompts], device)
+        if targets.shape[1] > 1:  # the last target is predicted, never read
+            mask = torch.cat([mask, valid[:, :-1]], dim=1)
+            for layer in cache.layers:
+                for buffer in (layer.keys, layer.values):
+                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
+            after = positions(mask)[:, ids.shape[1] :]
+            more = self._call(targets[:, :-1], mask, after, cache)
+            states = torch.cat([states, more], dim=1)
+        places = Places.of(prompts, device)
+        head = self.language_model.head or _identity
+        return score(states[places.rows, places.order], places, head, full)
+
+    def _call(
+        self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Hidden states (or logits) ``[B, S, D]`` of the new tokens ``ids`` ``[B, S]``."""
+        for tensor in (ids, mask, places):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        output = self.run(
+            ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+        )
+        return output.logits if self.language_model.head is None else output.last_hidden_state
+
+    def _routes(self, batch: int, before: Routes | None) -> torch.Tensor:
+        """bool ``[B, L]``; a layer that is never routed counts as full.
+
+        Args:
+            batch: B.
+            before: the routes on record before this prompt, which are not its own.
+        """
+        if self.fixed is not None:
+            return torch.tensor([self.fixed]).expand(batch, -1)
+        found = routes_of(self.model)
+        if found is None or found is before or found.fa.shape[0] != batch:
+            got = "none" if found in (None, before) else f"{found.fa.shape[0]} rows"
+            raise RouterError.mismatch("routes of the last prompt", f"{batch} rows", got)
+        columns = {name: found.fa[:, i] for i, name in enumerate(found.layer_names)}
+        every = torch.ones_like(found.fa[:, 0])
+        return torch.stack([columns.get(name, every) for name in self.layer_names], dim=1)
+
+
+@contextlib.contextmanager
+def _unattached(model: nn.Module) -> Iterator[None]:
+    """Without the router that serves ``model`` otherwise."""
+    before = attachment_of(model)
+    if before is not None:
+        detach(model)
+    try:
+        yield
+    finally:
+        if before is not None:
+            attach(model, before.router)
+
+
+def _fixed(routes: str | Sequence[int] | None, layers: int) -> tuple[bool, ...]:
+    if isinstance(routes, str) or routes is None:
+        return (routes != "sparse",) * layers
+    return tuple(map(bool, routes))
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits

@@ -1,0 +1,149 @@
+"""Any router and any fixed pattern from a single compile: the training graph, routed hard.
+
+The graph of training mode takes its router's weights, and noise on the logits, as inputs. At a
+temperature next to zero a share is 0 or 1, and noise that outweighs every logit pins each row's
+routes. So one compile of a deep model serves every pattern, several in one batch if need be; it
+computes both attentions of every layer, which is the price.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from fluxcompile.config import FluxConfig
+from fluxcompile.errors import ConfigError, RouterError
+from fluxcompile.evaluation.compiling import no_silent_eager
+from fluxcompile.evaluation.padding import padded
+from fluxcompile.evaluation.prompts import Prompt
+from fluxcompile.evaluation.scoring import Places, Scores, score
+from fluxcompile.model_layers import unwrap
+from fluxcompile.router import FluxRouter
+from fluxcompile.soft_routes import soft_routes
+from fluxcompile.training.backbone import attached, check_trainable, compiled, frozen
+from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.patterns import pinning_noise
+
+_HARD = 1e-12  # temperature at which only equal logits make a share other than 0 and 1
+
+
+def serves(config: FluxConfig) -> bool:
+    """Whether the training graph computes what a user gets from what ``config`` routes to.
+
+    Streaming attention is the same for a token of a prompt and for one that follows it; of other
+    modes the training graph has none, or would take the answer for the end of the prompt.
+    """
+    return (config.sparse, config.retrieval, config.decode) == ("streaming", "full", "sparse")
+
+
+@dataclass(frozen=True, eq=False)
+class OneGraph:
+    """One compile of a model in training mode.
+
+    Attributes:
+        router: live: other weights in it are other routes, without a recompile.
+        language_model: the model's two halves.
+        run: the decoder, compiled.
+        device: of all of them.
+    """
+
+    router: FluxRouter
+    language_model: LanguageModel
+    run: Callable[..., Any]
+    device: torch.device
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(
+        cls, model: nn.Module, config: FluxConfig, *, lowering: str = "inductor"
+    ) -> Iterator[Self]:
+        """For ``model`` and the sparse attention of ``config``; frozen meanwhile.
+
+        Raises:
+            ConfigError: ``config`` is not one that :func:`serves` accepts.
+            TrainingError: ``model`` is compiled already.
+        """
+        if not serves(config):
+            raise ConfigError.mismatch(
+                "config", "streaming and full attention, sparse decode", config
+            )
+        model = unwrap(model)
+        check_trainable(model)
+        torch._dynamo.reset()
+        device = next(model.parameters()).device
+        router = FluxRouter.from_model(model, config).to(device)
+        with no_silent_eager(), attached(model, router), frozen(model):
+            probe = torch.arange(8, device=device)[None] % 2
+            language_model = LanguageModel.of(model).checked(model, probe)
+            run = compiled(language_model.body, router, lowering=lowering)
+            yield cls(router, language_model, run, device)
+
+    def pattern(self, routes: Sequence[int]) -> Callable[[Sequence[Prompt]], Scores]:
+        """Scores batches under fixed routes, one 0/1 a layer, 1 for full attention.
+
+        Raises:
+            RouterError: not one entry a layer.
+        """
+        if len(routes) != len(self.router.layer_names):
+            raise RouterError.mismatch(
+                "routes", f"{len(self.router.layer_names)} entries", len(routes)
+            )
+        full = torch.tensor([routes], dtype=torch.bool, device=self.device)
+        return lambda prompts: self._pinned(prompts, full.expand(len(prompts), -1))
+
+    def routed(self, router: FluxRouter) -> Callable[[Sequence[Prompt]], Scores]:
+        """Scores batches under the hard routes of ``router``, decided by the prompts alone.
+
+        Raises:
+            RouterError: its config or its tensors are not those the graph was compiled for.
+        """
+        expected = {name: tensor.shape for name, tensor in self.router.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in router.state_dict().items()}
+        if router.config != self.router.config or found != expected:
+            raise RouterError.mismatch(
+                "router", f"one of {self.router.config}, shaped alike", router.config
+            )
+
+        def run(prompts: Sequence[Prompt]) -> Scores:
+            self.router.load_state_dict(router.state_dict())
+            return self._decided(prompts)
+
+        return run
+
+    @torch.no_grad()
+    def _pinned(self, prompts: Sequence[Prompt], full: torch.Tensor) -> Scores:
+        with soft_routes(self.router, noise=pinning_noise(full)):
+            states = self._whole(prompts)
+        return self._score(states, prompts, full)
+
+    @torch.no_grad()
+    def _decided(self, prompts: Sequence[Prompt]) -> Scores:
+        lengths = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
+        with soft_routes(self.router, temperature=_HARD, prompt_length=lengths) as soft:
+            states = self._whole(prompts)
+        return self._score(states, prompts, soft.shares() > 0.5)
+
+    def _whole(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        rows = [prompt.prompt + prompt.target for prompt in prompts]
+        return self._states(*padded(rows, self.device))
+
+    def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states (or logits) ``[B, S, D]`` of rows that are padded on the right."""
+        for tensor in (ids, mask):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        output = self.run(ids, attention_mask=mask, use_cache=False)
+        return output.logits if self.language_model.head is None else output.last_hidden_state
+
+    def _score(self, states: torch.Tensor, prompts: Sequence[Prompt], full: torch.Tensor) -> Scores:
+        places = Places.of(prompts, self.device)
+        starts = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
+        before = starts[places.rows] + places.order - 1  # the position that predicts the target
+        head = self.language_model.head or _identity
+        return score(states[places.rows, before], places, head, full)
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits

@@ -1,0 +1,204 @@
+"""Both ways to score a prompt: what a user gets, and the training graph routed hard."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import fluxcompile
+from fluxcompile import FluxRouter
+from fluxcompile.errors import ConfigError, DataError, RouterError, TrainingError
+from fluxcompile.evaluation import AsUser, OneGraph
+from fluxcompile.evaluation.prompts import Prompt, check_lengths
+from tests.evaluation import cases
+
+PROMPTS = cases.prompts(6)
+
+
+def eager_scores(llama, prompt: Prompt):
+    """Mean loss and exactness of the targets under full attention."""
+    ids = torch.tensor([prompt.prompt + prompt.target])
+    start = len(prompt.prompt)
+    with torch.no_grad():
+        logits = llama(ids).logits[0, start - 1 : -1]
+    targets = torch.tensor(prompt.target)
+    loss = torch.nn.functional.cross_entropy(logits, targets)
+    return float(loss), bool((logits.argmax(-1) == targets).all())
+
+
+def assert_same(found, expected):
+    assert torch.equal(found.full, expected.full)
+    assert torch.equal(found.exact, expected.exact)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["as user", "one graph"])
+def test_full_attention_scores_what_eager_does(engine):
+    llama = cases.model()
+    # Two rows whose targets are what the model says.
+    greedy = [
+        Prompt(p.prompt, tuple(_generated(llama, p.prompt, len(p.target)))) for p in PROMPTS[:2]
+    ]
+    batch = [*PROMPTS[:3], *greedy]
+    expected = [eager_scores(llama, prompt) for prompt in batch]
+    assert [exact for _, exact in expected] == [False, False, False, True, True]
+    if engine == "as user":
+        with AsUser.of(llama, routes="full", config=cases.CONFIG, lowering="eager") as run:
+            found = run(batch)
+    else:
+        with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+            found = graph.pattern([1] * cases.LAYERS)(batch)
+    assert found.exact.tolist() == [exact for _, exact in expected]
+    assert found.loss.tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert found.full.all()
+
+
+def test_exact_is_what_greedy_generation_says():
+    """Under a router that divides the rows; one token otherwise, and it is not."""
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    said = [_decoded(llama, router, prompt.prompt, 6) for prompt in PROMPTS]
+    generated = [Prompt(p.prompt, tokens) for p, tokens in zip(PROMPTS, said, strict=True)]
+    other = [Prompt(p.prompt, (*p.target[:4], 60 - p.target[4], 3)) for p in generated]
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        found = run(generated)
+        assert 0 < found.full.double().mean() < 1
+        assert found.exact.all()
+        assert not run(other).exact.any()
+
+
+@torch.no_grad()
+def _decoded(llama, router, prompt, n) -> tuple[int, ...]:
+    """``n`` tokens by the compiled model, one at a time."""
+    fluxcompile.attach(llama, router)
+    llama.compile(backend="flux", options={"lowering": "eager", "strict": True})
+    cache, ids, tokens = DynamicCache(config=llama.config), torch.tensor([prompt]), []
+    for _ in range(n):
+        logits = llama(ids, past_key_values=cache, use_cache=True).logits
+        ids = logits[:, -1:].argmax(dim=-1)
+        tokens.append(int(ids))
+        for layer in cache.layers:
+            for buffer in (layer.keys, layer.values):
+                torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    llama._compiled_call_impl = None
+    fluxcompile.detach(llama)
+    return tuple(tokens)
+
+
+@torch.no_grad()
+def _generated(llama, prompt, n):
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(llama(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("routes", [[0, 0, 0], [1, 0, 1], [0, 1, 0]], ids=str)
+def test_patterns_are_the_same_both_ways(routes):
+    llama = cases.model()
+    with AsUser.of(llama, routes=routes, config=cases.CONFIG, lowering="eager") as run:
+        expected = run(PROMPTS)
+    with AsUser.of(llama, routes="full", config=cases.CONFIG, lowering="eager") as run:
+        full = run(PROMPTS)
+    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+        found = graph.pattern(routes)(PROMPTS)
+    assert_same(found, expected)
+    assert found.full.tolist() == [[bool(full) for full in routes]] * len(PROMPTS)
+    assert (found.loss - full.loss).abs().min() > 1e-3, "sparse attention does not show"
+
+
+def test_routers_are_the_same_both_ways():
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        expected = run(PROMPTS)
+    assert 0 < expected.full.double().mean() < 1, "every row takes the same routes"
+    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+        assert_same(graph.routed(router)(PROMPTS), expected)
+
+
+def test_the_answer_does_not_move_the_route():
+    """The last tokens that a router pools are the prompt's, whatever follows."""
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    other = [Prompt(p.prompt, q.target) for p, q in zip(PROMPTS, PROMPTS[::-1], strict=True)]
+    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+        run = graph.routed(router)
+        one, two = run(PROMPTS), run(other)
+    assert torch.equal(one.full, two.full)
+    assert (one.loss != two.loss).any()
+
+
+def test_one_compile_serves_every_router_and_pattern():
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+        graph.pattern([1, 1, 1])(PROMPTS)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            longer = cases.prompts(6, shortest=120)
+            alike = [graph.pattern(p)(longer) for p in ([0, 0, 0], [1, 0, 0])]
+            alike.append(graph.routed(router)(PROMPTS))
+            alike.append(graph.routed(FluxRouter.from_model(llama, cases.CONFIG))(PROMPTS))
+    assert len({tuple(scores.loss.tolist()) for scores in alike}) == 4
+    assert alike[-1].full.all(), "an untrained router is full attention"
+
+
+def test_two_graphs_serve_every_length():
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        run(PROMPTS)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run(cases.prompts(6, shortest=130, targets=30))
+
+
+def test_targets_of_one_token():
+    llama = cases.model()
+    prompts = [Prompt(p.prompt, p.target[:1]) for p in PROMPTS]
+    with AsUser.of(llama, routes="full", lowering="eager") as run:
+        expected = run(prompts)
+    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+        assert_same(graph.pattern([1, 1, 1])(prompts), expected)
+
+
+def test_the_model_is_left_as_it_was():
+    llama = cases.model().train()
+    served = FluxRouter.from_model(llama, cases.CONFIG)
+    fluxcompile.attach(llama, served)
+    for way in (
+        AsUser.of(llama, routes="sparse", config=cases.CONFIG, lowering="eager"),
+        OneGraph.of(llama, cases.CONFIG, lowering="eager"),
+    ):
+        with way:
+            assert not llama.training
+        assert llama.training
+        assert fluxcompile.attachment.attachment_of(llama).router is served
+        assert all(parameter.requires_grad for parameter in llama.parameters())
+
+
+def test_a_model_that_falls_back_to_eager_is_not_judged():
+    llama = cases.model()
+    router = FluxRouter.from_model(llama, cases.CONFIG)
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        run(PROMPTS)
+        with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(Exception, match="limit"):
+            run(cases.prompts(2))
+        with torch.compiler.set_stance("force_eager"), pytest.raises(RouterError, match="none"):
+            run(PROMPTS)
+
+
+def test_what_does_not_fit_is_refused():
+    triangle = fluxcompile.FluxConfig(sparse="triangle")
+    with pytest.raises(ConfigError, match="triangle"), OneGraph.of(cases.model(), triangle):
+        pass
+    with pytest.raises(DataError, match="at most 256"):
+        check_lengths(cases.model(), [200, 257])
+    llama = cases.model()
+    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
+        with pytest.raises(RouterError, match="3 entries, got 2"):
+            graph.pattern([1, 0])
+        other = FluxRouter.from_model(llama, fluxcompile.FluxConfig(sink=5))
+        with pytest.raises(RouterError, match=r"sink=4.*sink=5"):
+            graph.routed(other)
+    llama.compile(backend="flux")
+    with pytest.raises(TrainingError, match="compile"), AsUser.of(llama, routes="full"):
+        pass
