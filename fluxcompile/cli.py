@@ -1,5 +1,7 @@
 """The ``fluxcompile`` command."""
 
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +25,18 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    """An error that fluxcompile raises on purpose is one line and exit code 2, not a traceback."""
+    from fluxcompile.errors import FluxError
+
+    try:
+        yield
+    except FluxError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
 
 
 @app.callback(invoke_without_command=True)
@@ -60,9 +74,8 @@ def demo(
     """Answer a long prompt with SmolLM2-135M, eager and compiled, and show the routes taken."""
     # Imported here: `--help` should not wait for torch.
     from fluxcompile.demo import DemoSettings, run_demo
-    from fluxcompile.errors import FluxError
 
-    try:
+    with _errors_told():
         settings = DemoSettings.create(
             tokens=tokens,
             max_new_tokens=max_new_tokens,
@@ -73,9 +86,6 @@ def demo(
             dtype=dtype.value if dtype else None,
         )
         agreed = run_demo(settings)
-    except FluxError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from error
     raise typer.Exit(0 if agreed else 1)
 
 
@@ -129,10 +139,9 @@ def train(
 
     Other training arguments are those of fluxcompile.training.RouterTrainingArguments.
     """
-    from fluxcompile.errors import FluxError
     from fluxcompile.training import command
 
-    try:
+    with _errors_told():
         command.train(
             model,
             data=data,
@@ -156,9 +165,6 @@ def train(
             lowering=lowering.value,
             resume_from_checkpoint=resume or None,
         )
-    except FluxError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from error
     typer.echo(f"router: {output}")
 
 
@@ -188,10 +194,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Hold a router against full attention on held-out prompts, through the compiled model."""
-    from fluxcompile.errors import FluxError
 
     given = {"lengths": lengths, "tasks": task}
-    try:
+    with _errors_told():
         from fluxcompile.evaluation.command import EvalSettings, run_eval
 
         settings = EvalSettings(
@@ -206,9 +211,6 @@ def evaluate(
             **{name: value for name, value in given.items() if value},
         )
         run_eval(settings)
-    except FluxError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -217,12 +219,8 @@ def convert(
     output: Annotated[Path, typer.Argument(help="Folder for the router.")],
 ) -> None:
     """Take the routers out of a published Flux Attention checkpoint."""
-    from fluxcompile.errors import FluxError
     from fluxcompile.training import command
 
-    try:
+    with _errors_told():
         router = command.convert(checkpoint, output)
-    except FluxError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from error
     typer.echo(f"router of {len(router.layer_names)} layers: {output}")
