@@ -33,41 +33,53 @@ WORDINGS = Wordings(
             "The guards at {key} chose the watchword",
         ),
         Fact(
-            "Sailors call the lighthouse near {key} by the name {value}.",
-            "By which name do sailors call the lighthouse near {key}?",
-            "Sailors call the lighthouse near {key} by the name",
+            "The club in {key} uses the keyword {value}.",
+            "Which keyword does the club in {key} use?",
+            "The club in {key} uses the keyword",
         ),
     ),
     needles=(
         Fact(
-            "The choir from {key} sings under the title {value}.",
-            "Under which title does the choir from {key} sing?",
-            "The choir from {key} sings under the title",
-            "Name the titles of every choir as they appear.",
+            "The bakery in {key} sells the brand {value}.",
+            "Which brand does the bakery in {key} sell?",
+            "The bakery in {key} sells the brand",
+        ),
+        Fact(
+            "The flag of {key} shows the letters {value}.",
+            "Which letters does the flag of {key} show?",
+            "The flag of {key} shows the letters",
         ),
         Fact(
             "The ferry for {key} was christened {value}.",
             "What was the ferry for {key} christened?",
             "The ferry for {key} was christened",
-            "Name every ferry as they appear.",
+        ),
+        Fact(
+            "The horse from {key} is named {value}.",
+            "What is the horse from {key} named?",
+            "The horse from {key} is named",
         ),
     ),
     records=(
-        Fact("{key} => {value}", "What does {key} map onto?", "{key} =>"),
         Fact("entry {key} holds {value};", "What does the entry {key} hold?", "entry {key} holds"),
+        Fact(
+            "The part {key} bears the stamp {value}.",
+            "Which stamp does the part {key} bear?",
+            "The part {key} bears the stamp",
+        ),
     ),
     chains=(
         Chain(
             "{a} is married to {b}.",
-            "{b} owns a boat called {value}.",
-            "How is the boat called that the spouse of {a} owns?",
-            "The spouse of {a} owns a boat called",
+            "The badge of {b} bears the letters {value}.",
+            "Which letters does the badge of the person {a} is married to bear?",
+            "The badge of the person {a} is married to bears the letters",
         ),
         Chain(
             "{a} learned the trade from {b}.",
-            "The workshop of {b} is known as {value}.",
-            "As what is the workshop of the teacher of {a} known?",
-            "The workshop of the teacher of {a} is known as",
+            "{b} keeps the watchword {value}.",
+            "Which watchword is kept by the person {a} learned the trade from?",
+            "The person {a} learned the trade from keeps the watchword",
         ),
     ),
     continue_code=(
@@ -102,7 +114,7 @@ WORDINGS = Wordings(
         "reef ripple ruby saffron sage scarlet shadow silver sparrow spruce thistle thunder tiger "
         "timber topaz tulip velvet violet walnut willow wolf zephyr"
     ),
-    values=("* *", "*-*", "@@@@@"),
-    record_keys=("* *", "*.*"),
+    values=("@@@@",),
+    record_keys=("*",),
     fillers=("mixed", "code", "prose", "mixed"),
 )
