@@ -1,4 +1,10 @@
-"""Wordings of the held-out prompts: other sentences, other names, values in words or letters."""
+"""Wordings of the held-out prompts: other sentences, other names, values in letters alone.
+
+They were chosen so that a small model (SmolLM2-135M) with full attention answers them: a share of
+what full attention finds says little where it finds little. That selects for prompts that can be
+answered, not for any way of routing; no router and no sparse pattern was looked at. Figures are
+taken with other seeds than those that wordings were chosen with.
+"""
 
 from fluxcompile.training.data.wordings import Chain, Fact, Wordings, listed
 
@@ -61,25 +67,25 @@ WORDINGS = Wordings(
         ),
     ),
     records=(
-        Fact("entry {key} holds {value};", "What does the entry {key} hold?", "entry {key} holds"),
         Fact(
-            "The part {key} bears the stamp {value}.",
-            "Which stamp does the part {key} bear?",
-            "The part {key} bears the stamp",
+            "{key}: the {key} label reads {value}.",
+            "What does the {key} label read?",
+            "{key}: the {key} label reads",
         ),
+        Fact("locker {key}: {value};", "What belongs to the locker {key}?", "locker {key}:"),
     ),
     chains=(
         Chain(
-            "{a} is married to {b}.",
-            "The badge of {b} bears the letters {value}.",
-            "Which letters does the badge of the person {a} is married to bear?",
-            "The badge of the person {a} is married to bears the letters",
+            "{a} is a pupil of {b}.",
+            "The teacher {b} uses the code {value}.",
+            "Which code does the teacher of {a} use?",
+            "The teacher of {a} uses the code",
         ),
         Chain(
-            "{a} learned the trade from {b}.",
-            "{b} keeps the watchword {value}.",
-            "Which watchword is kept by the person {a} learned the trade from?",
-            "The person {a} learned the trade from keeps the watchword",
+            "{a} is a nephew of {b}.",
+            "The uncle {b} wears the letters {value}.",
+            "Which letters does the uncle of {a} wear?",
+            "The uncle of {a} wears the letters",
         ),
     ),
     continue_code=(
