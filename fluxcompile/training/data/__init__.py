@@ -3,6 +3,9 @@
 Half of the examples are *retrieval* (a question about facts hidden in a document), half *holistic*
 (real code and prose, many-shot classification). The ``"heldout"`` split differs from ``"train"``
 in its documents, its wording and the form of its facts. See :func:`builtin_mixture`.
+
+Held-out wordings were chosen by what full attention answers (see `heldout_wordings`): for prompts
+that can be answered, not for routing. An answer is right if every token that bears loss is.
 """
 
 import random
@@ -54,11 +57,12 @@ def builtin_mixture(
         style: ``"chat"`` (through the chat template), ``"plain"``, or ``"mixed"``: either, plain
             where the tokenizer has no chat template.
         loss: which tokens of ``code`` and ``prose`` bear loss: the second ``"half"`` or ``"all"``.
-            Retrieval answers and their end are all that bears loss in retrieval forms.
+            In retrieval forms the answer and its end are all that bears loss.
         lead: share of the retrieval answers that the prompt leads up to ("The access code of the
             Oslo office is"), where the question does not stand first alone. Small models that
             find a fact well say it in a sentence of their own: with ``lead=1`` and
-            ``question="last"`` the first token after the prompt is the answer's.
+            ``question="last"`` the first token after the prompt is the answer's. Such an answer
+            ends as its sentence does, with a full stop; others with the end of the turn.
 
     Returns:
         One dict an example: ``input_ids`` and ``labels`` (lists of int; -100: no loss), ``task``

@@ -1,4 +1,10 @@
-"""Wordings of the held-out prompts: other sentences, other names, values in words or letters."""
+"""Wordings of the held-out prompts: other sentences, other names, values in letters alone.
+
+They were chosen so that a small model (SmolLM2-135M) with full attention answers them: a share of
+what full attention finds says little where it finds little. That selects for prompts that can be
+answered, not for any way of routing; no router and no sparse pattern was looked at. Figures are
+taken with other seeds than those that wordings were chosen with.
+"""
 
 from fluxcompile.training.data.wordings import Chain, Fact, Wordings, listed
 
@@ -33,41 +39,53 @@ WORDINGS = Wordings(
             "The guards at {key} chose the watchword",
         ),
         Fact(
-            "Sailors call the lighthouse near {key} by the name {value}.",
-            "By which name do sailors call the lighthouse near {key}?",
-            "Sailors call the lighthouse near {key} by the name",
+            "The club in {key} uses the keyword {value}.",
+            "Which keyword does the club in {key} use?",
+            "The club in {key} uses the keyword",
         ),
     ),
     needles=(
         Fact(
-            "The choir from {key} sings under the title {value}.",
-            "Under which title does the choir from {key} sing?",
-            "The choir from {key} sings under the title",
-            "Name the titles of every choir as they appear.",
+            "The bakery in {key} sells the brand {value}.",
+            "Which brand does the bakery in {key} sell?",
+            "The bakery in {key} sells the brand",
+        ),
+        Fact(
+            "The flag of {key} shows the letters {value}.",
+            "Which letters does the flag of {key} show?",
+            "The flag of {key} shows the letters",
         ),
         Fact(
             "The ferry for {key} was christened {value}.",
             "What was the ferry for {key} christened?",
             "The ferry for {key} was christened",
-            "Name every ferry as they appear.",
+        ),
+        Fact(
+            "The horse from {key} is named {value}.",
+            "What is the horse from {key} named?",
+            "The horse from {key} is named",
         ),
     ),
     records=(
-        Fact("{key} => {value}", "What does {key} map onto?", "{key} =>"),
-        Fact("entry {key} holds {value};", "What does the entry {key} hold?", "entry {key} holds"),
+        Fact(
+            "{key}: the {key} label reads {value}.",
+            "What does the {key} label read?",
+            "{key}: the {key} label reads",
+        ),
+        Fact("locker {key}: {value};", "What belongs to the locker {key}?", "locker {key}:"),
     ),
     chains=(
         Chain(
-            "{a} is married to {b}.",
-            "{b} owns a boat called {value}.",
-            "How is the boat called that the spouse of {a} owns?",
-            "The spouse of {a} owns a boat called",
+            "{a} is a pupil of {b}.",
+            "The teacher {b} uses the code {value}.",
+            "Which code does the teacher of {a} use?",
+            "The teacher of {a} uses the code",
         ),
         Chain(
-            "{a} learned the trade from {b}.",
-            "The workshop of {b} is known as {value}.",
-            "As what is the workshop of the teacher of {a} known?",
-            "The workshop of the teacher of {a} is known as",
+            "{a} is a nephew of {b}.",
+            "The uncle {b} wears the letters {value}.",
+            "Which letters does the uncle of {a} wear?",
+            "The uncle of {a} wears the letters",
         ),
     ),
     continue_code=(
@@ -102,7 +120,7 @@ WORDINGS = Wordings(
         "reef ripple ruby saffron sage scarlet shadow silver sparrow spruce thistle thunder tiger "
         "timber topaz tulip velvet violet walnut willow wolf zephyr"
     ),
-    values=("* *", "*-*", "@@@@@"),
-    record_keys=("* *", "*.*"),
+    values=("@@@@",),
+    record_keys=("*",),
     fillers=("mixed", "code", "prose", "mixed"),
 )

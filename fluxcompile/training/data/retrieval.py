@@ -1,7 +1,13 @@
 """Retrieval forms: a document with facts hidden in it, and a question only they answer.
 
-``needle``: one fact. ``needles``: several alike, asked for one or for all. ``key_value``: lines of
-a table, together or spread over the document. ``two_hop``: one fact leads to another.
+``needle``: one fact. ``needles``: several, each in other words, asked for one. ``key_value``: lines
+of a table, together or spread over the document. ``two_hop``: one fact leads to the next.
+
+Facts of one document differ in wording as well as in key, except for records: where they differ in
+the key alone, a model of 135M parameters takes one for another even with full attention.
+
+Facts stand where neither the first tokens nor a window over the last ones reaches them
+(`FROM_START`, `FROM_END`), unless the example is too short for that.
 """
 
 from dataclasses import dataclass, replace
@@ -9,12 +15,18 @@ from dataclasses import dataclass, replace
 from fluxcompile.training.data.recipe import Recipe
 from fluxcompile.training.data.wordings import Chain, Fact
 
-RECORDS = (4, 16)  # lines of a table
+NEEDLES = (2, 4)  # facts, each in another wording
+RECORDS = (2, 3)  # lines of a table
+CHAINS = (1, 2)  # each in another wording
+FROM_START = (
+    128  # tokens of the document before its first fact, at least; short documents: a quarter
+)
+FROM_END = 800  # and after where its last one is put, looking for a line's end: half
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Text to hide at ``depth`` (0: before the document, 1: after it)."""
+    """Text to hide at ``depth`` (0: as early as facts stand, 1: as late)."""
 
     depth: float
     text: str  # with its line breaks
@@ -28,42 +40,45 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is hidden, what is asked, and the answer to it; ``lead`` may open the answer."""
+    """What is hidden, what is asked, and the answer to it.
+
+    Attributes:
+        hidden: the facts.
+        question: asks for the answer.
+        lead: the beginning of the sentence that the answer ends, if it is led up to.
+        answer: a value.
+        close: what ends that sentence after the answer, as it ends the fact.
+        wording: name of the wording.
+    """
 
     hidden: list[Hidden]
     question: str
     lead: str
     answer: str
+    close: str
     wording: str
 
 
 def needle(recipe: Recipe) -> dict:
     i_fact, fact = _choose(recipe, recipe.wordings.needle)
-    (key,), (value,) = _pairs(recipe, recipe.wordings.places, 1)
-    hidden = [Hidden.line(recipe.rng.random(), fact.fact.format(key=key, value=value), True)]
-    question, lead = fact.question.format(key=key), fact.lead.format(key=key)
-    return _ask(recipe, Asked(hidden, question, lead, value, f"needle {i_fact}"))
+    keys, values = _pairs(recipe, recipe.wordings.places, 1)
+    return _ask(recipe, _one_of(recipe, [fact], keys, values, 0, f"needle {i_fact}"))
 
 
 def needles(recipe: Recipe) -> dict:
-    i_fact, fact = _choose(recipe, recipe.wordings.needles)
-    if recipe.rng.random() < 0.5:
-        return _ask(recipe, _one_of(recipe, fact, recipe.rng.randint(3, 8), f"needles {i_fact}"))
-    keys, values = _pairs(recipe, recipe.wordings.places, recipe.rng.randint(2, 4))
-    depths = sorted(recipe.rng.random() for _ in keys)
-    hidden = [
-        Hidden.line(depth, fact.fact.format(key=key, value=value), True)
-        for depth, key, value in zip(depths, keys, values, strict=True)
-    ]
-    asked = Asked(hidden, fact.every, "", ", ".join(values), f"needles {i_fact} all")
-    return _ask(recipe, asked)
+    n = recipe.rng.randint(*NEEDLES)
+    facts = recipe.rng.sample(recipe.wordings.needles, n)
+    keys, values = _pairs(recipe, recipe.wordings.places, n)
+    wanted = recipe.wordings.needles.index(facts[0])
+    return _ask(recipe, _one_of(recipe, facts, keys, values, 0, f"needles {wanted}"))
 
 
 def key_value(recipe: Recipe) -> dict:
     i_fact, fact = _choose(recipe, recipe.wordings.records)
     n = recipe.rng.randint(*RECORDS)
     keys = recipe.wordings.draw_record_keys(n, recipe.rng)
-    asked = _one_of(recipe, fact, n, f"key_value {i_fact}", keys)
+    values, wanted = recipe.wordings.draw_values(n, recipe.rng), recipe.rng.randrange(n)
+    asked = _one_of(recipe, [fact] * n, keys, values, wanted, f"key_value {i_fact}")
     if recipe.rng.random() < 0.5:
         return _ask(recipe, asked)
     # Together: texts of one depth stay in order and next to each other.
@@ -74,17 +89,19 @@ def key_value(recipe: Recipe) -> dict:
 
 
 def two_hop(recipe: Recipe) -> dict:
-    i_chain, chain = _choose(recipe, recipe.wordings.chains)
-    n = recipe.rng.randint(1, 3)
+    n = recipe.rng.randint(*CHAINS)
+    chains = recipe.rng.sample(recipe.wordings.chains, n)
     people, values = _pairs(recipe, recipe.wordings.people, 2 * n)
     hidden = []
-    for i_pair in range(n):
-        a, b = people[2 * i_pair : 2 * i_pair + 2]
-        fact = chain.fact.format(b=b, value=values[i_pair])
-        for text in (chain.link.format(a=a, b=b), fact):
-            hidden.append(Hidden.line(recipe.rng.random(), text, needed=i_pair == 0))
-    question, lead = chain.question.format(a=people[0]), chain.lead.format(a=people[0])
-    return _ask(recipe, Asked(hidden, question, lead, values[0], f"two_hop {i_chain}"))
+    for i_chain, chain in enumerate(chains):
+        a, b = people[2 * i_chain : 2 * i_chain + 2]
+        link, fact = chain.link.format(a=a, b=b), chain.fact.format(b=b, value=values[i_chain])
+        # Next to each other: small models do not find a second step that is somewhere else.
+        hidden.append(Hidden.line(recipe.rng.random(), f"{link} {fact}", needed=i_chain == 0))
+    question, lead = (text.format(a=people[0]) for text in (chains[0].question, chains[0].lead))
+    wanted = recipe.wordings.chains.index(chains[0])
+    close = chains[0].close
+    return _ask(recipe, Asked(hidden, question, lead, values[0], close, f"two_hop {wanted}"))
 
 
 def _choose(recipe: Recipe, wordings: tuple) -> tuple[int, Fact | Chain]:
@@ -97,24 +114,22 @@ def _pairs(recipe: Recipe, names: tuple[str, ...], n: int) -> tuple[list[str], l
     return recipe.rng.sample(names, n), values
 
 
-def _one_of(recipe: Recipe, fact: Fact, n: int, wording: str, keys=None) -> Asked:
-    """``n`` facts at random depths, one of which is asked for."""
-    values = recipe.wordings.draw_values(n, recipe.rng)
-    keys = keys or recipe.rng.sample(recipe.wordings.places, n)
-    wanted = recipe.rng.randrange(n)
+def _one_of(recipe: Recipe, facts, keys, values, wanted: int, wording: str) -> Asked:
+    """Facts at random depths, one of which is asked for."""
     hidden = [
         Hidden.line(recipe.rng.random(), fact.fact.format(key=key, value=value), i == wanted)
-        for i, (key, value) in enumerate(zip(keys, values, strict=True))
+        for i, (fact, key, value) in enumerate(zip(facts, keys, values, strict=True))
     ]
-    question, lead = (text.format(key=keys[wanted]) for text in (fact.question, fact.lead))
-    return Asked(hidden, question, lead, values[wanted], wording)
+    fact, key = facts[wanted], keys[wanted]
+    question, lead = fact.question.format(key=key), fact.lead.format(key=key)
+    return Asked(hidden, question, lead, values[wanted], fact.close, wording)
 
 
 def _ask(recipe: Recipe, asked: Asked) -> dict:
     """Put document, question and answer together, at exactly the recipe's length."""
     rng, wordings, frame = recipe.rng, recipe.wordings, recipe.frame
     # Where the question stands first alone, a lead would ask it again at the end.
-    led = bool(asked.lead) and recipe.question != "first" and rng.random() < recipe.lead
+    led = recipe.question != "first" and rng.random() < recipe.lead
     before, after = map(recipe.ids, _question(recipe, asked.question, brief=not led))
     turn = list(frame.turn)
     if frame.style == "plain":
@@ -122,7 +137,12 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
     # A turn of a chat ends in a line break, a cue does not; a space belongs to the next token.
     space = " " if frame.style == "plain" else ""
     lead = recipe.ids(space + asked.lead) if led else []
-    answer = recipe.ids((" " if led else space) + asked.answer) + frame.end
+    # What follows a sentence that was said to its end (a line break, the turn's end, another one)
+    # is no matter of retrieval, so a led answer ends with it; a bare value has to stop.
+    if led:
+        answer = recipe.ids(f" {asked.answer}{asked.close}")
+    else:
+        answer = recipe.ids(f"{space}{asked.answer}") + frame.end
 
     kind = rng.choice(wordings.fillers)
     texts = [recipe.ids(hidden.text) for hidden in asked.hidden]
@@ -156,12 +176,15 @@ def _question(recipe: Recipe, question: str, brief: bool) -> tuple[str, str]:
 
 def _hide(recipe: Recipe, filler: list[int], hidden: list[Hidden], texts: list[list[int]]):
     """The filler with the texts between its lines, and where the first needed one starts."""
+    first = min(FROM_START, len(filler) // 4)
+    last = len(filler) - min(FROM_END, len(filler) // 2)
     order = sorted(range(len(hidden)), key=lambda i: hidden[i].depth)  # stable: blocks stay whole
     document: list[int] = []
     needed_at = []
     done = 0
     for i_text in order:
-        place = max(_line_end(recipe, filler, round(hidden[i_text].depth * len(filler))), done)
+        wanted = first + round(hidden[i_text].depth * (last - first))
+        place = max(_line_end(recipe, filler, wanted), done)
         document += filler[done:place]
         done = place
         if hidden[i_text].needed:

@@ -62,25 +62,21 @@ WORDINGS = Wordings(
             "The flight to {key} has the number {value}.",
             "What is the number of the flight to {key}?",
             "The flight to {key} has the number",
-            "List the numbers of all flights, in the order of the text.",
         ),
         Fact(
             "The magic number for {key} is {value}.",
             "What is the magic number for {key}?",
             "The magic number for {key} is",
-            "What are all the magic numbers, in the order of the text?",
         ),
         Fact(
             "The invoice from {key} is filed under {value}.",
             "Under what is the invoice from {key} filed?",
             "The invoice from {key} is filed under",
-            "Under what are the invoices filed? List all, in the order of the text.",
         ),
         Fact(
             "The safe in {key} opens with {value}.",
             "With what does the safe in {key} open?",
             "The safe in {key} opens with",
-            "With what do the safes open? Name all, in the order of the text.",
         ),
     ),
     # A lead that repeats the line up to its value is how a small model looks a value up.
@@ -150,6 +146,6 @@ WORDINGS = Wordings(
         "yard"
     ),
     values=("#####", "######", "###-####", "@@####"),
-    record_keys=("*_##", "*_*", "*"),
+    record_keys=("*_##", "*_*"),
     fillers=("prose", "prose", "code", "mixed"),
 )

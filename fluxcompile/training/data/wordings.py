@@ -22,13 +22,16 @@ class Fact:
         fact: has ``{key}`` and ``{value}``.
         question: has ``{key}``.
         lead: the beginning of an answer, after which only the value is missing; has ``{key}``.
-        every: asks for the values of all such sentences, in the order of the text.
     """
 
     fact: str
     question: str
     lead: str
-    every: str = ""
+
+    @property
+    def close(self) -> str:
+        """What ends the sentence after its value."""
+        return self.fact.rpartition("{value}")[2]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Chain:
     fact: str
     question: str
     lead: str
+
+    @property
+    def close(self) -> str:
+        """What ends the second sentence after its value."""
+        return self.fact.rpartition("{value}")[2]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Wordings:
         ask_last: how it is put after the document.
         brief: asks for the bare answer.
         cue: in plain text, what stands right before an answer.
-        needle, needles: single facts; facts of which several are hidden.
+        needle, needles: single facts; facts of which several, all in other words, are hidden.
         records: facts that are lines of a table.
         chains: facts in two steps.
         continue_code, continue_prose: ask for the rest of a text.
