@@ -4,7 +4,8 @@
 of a table, together or spread over the document. ``two_hop``: one fact leads to the next.
 
 Facts of one document differ in wording as well as in key, except for records: where they differ in
-the key alone, a model of 135M parameters takes one for another even with full attention.
+the key alone, a model of 135M parameters takes one for another even with full attention. So the
+wording of a question already tells its fact; what is tested is whether the fact can be reached.
 
 Facts stand where neither the first tokens nor a window over the last ones reaches them
 (`FROM_START`, `FROM_END`), unless the example is too short for that.
@@ -18,10 +19,10 @@ from fluxcompile.training.data.wordings import Chain, Fact
 NEEDLES = (2, 4)  # facts, each in another wording
 RECORDS = (2, 3)  # lines of a table
 CHAINS = (1, 2)  # each in another wording
-FROM_START = (
-    128  # tokens of the document before its first fact, at least; short documents: a quarter
-)
-FROM_END = 800  # and after where its last one is put, looking for a line's end: half
+# Tokens of the document before its first fact, at least, and after where its last one is put
+# (looking for a line's end); in short documents a quarter and a half of them.
+FROM_START = 128
+FROM_END = 800
 
 
 @dataclass(frozen=True)
