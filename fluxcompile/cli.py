@@ -27,6 +27,14 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")
+]
+Precision = Annotated[
+    DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
+]
+
+
 @contextlib.contextmanager
 def _errors_told() -> Iterator[None]:
     """An error that fluxcompile raises on purpose is one line and exit code 2, not a traceback."""
@@ -64,12 +72,8 @@ def demo(
         Path | None, typer.Option(help="A trained router's folder; implies --routes router.")
     ] = None,
     lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
-    ] = None,
+    device: Device = None,
+    dtype: Precision = None,
 ) -> None:
     """Answer a long prompt with SmolLM2-135M, eager and compiled, and show the routes taken."""
     # Imported here: `--help` should not wait for torch.
@@ -115,9 +119,7 @@ def train(
         list[str] | None, typer.Option(help="NAME=TARGET sparsity of a task; repeatable.")
     ] = None,
     lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
-    dtype: Annotated[
-        DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
-    ] = None,
+    dtype: Precision = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
@@ -186,12 +188,8 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.")] = 8,
     seed: Annotated[int, typer.Option()] = 0,
     lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the GPU if there is one by default.")
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
-    ] = None,
+    device: Device = None,
+    dtype: Precision = None,
 ) -> None:
     """Hold a router against full attention on held-out prompts, through the compiled model."""
 

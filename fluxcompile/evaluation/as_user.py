@@ -84,8 +84,7 @@ class AsUser:
             options |= {"routes": routes, "config": config}
         serving = attached(model, router) if router is not None else _unattached(model)
         with no_silent_eager(), serving, frozen(model):
-            probe = torch.arange(8, device=next(model.parameters()).device)[None] % 2
-            language_model = LanguageModel.of(model).checked(model, probe)
+            language_model = LanguageModel.of(model).checked(model)
             run = torch.compile(language_model.body, backend="flux", options=options)
             names = tuple(attention_layers(model)) if router is None else router.layer_names
             fixed = _fixed(routes, len(names)) if router is None else None
@@ -110,7 +109,7 @@ class AsUser:
             more = self._call(targets[:, :-1], mask, after, cache)
             states = torch.cat([states, more], dim=1)
         places = Places.of(prompts, device)
-        head = self.language_model.head or _identity
+        head = self.language_model.to_logits
         return score(states[places.rows, places.order], places, head, full)
 
     def _call(
@@ -122,7 +121,7 @@ class AsUser:
         output = self.run(
             ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
         )
-        return output.logits if self.language_model.head is None else output.last_hidden_state
+        return self.language_model.states(output)
 
     def _routes(self, batch: int, before: Routes | None) -> torch.Tensor:
         """bool ``[B, L]``; a layer that is never routed counts as full.
@@ -159,7 +158,3 @@ def _fixed(routes: str | Sequence[int] | None, layers: int) -> tuple[bool, ...]:
     if isinstance(routes, str) or routes is None:
         return (routes != "sparse",) * layers
     return tuple(map(bool, routes))
-
-
-def _identity(logits: torch.Tensor) -> torch.Tensor:
-    return logits

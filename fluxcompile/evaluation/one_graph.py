@@ -8,8 +8,7 @@ computes both attentions of every layer, which is the price.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -23,9 +22,8 @@ from fluxcompile.evaluation.scoring import Places, Scores, score
 from fluxcompile.model_layers import unwrap
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
-from fluxcompile.training.backbone import attached, check_trainable, compiled, frozen
-from fluxcompile.training.language_model import LanguageModel
-from fluxcompile.training.patterns import pinning_noise
+from fluxcompile.training.backbone import check_trainable
+from fluxcompile.training.patterns import PatternGraph, pinning_noise
 
 _HARD = 1e-12  # temperature at which only equal logits make a share other than 0 and 1
 
@@ -39,21 +37,8 @@ def serves(config: FluxConfig) -> bool:
     return (config.sparse, config.retrieval, config.decode) == ("streaming", "full", "sparse")
 
 
-@dataclass(frozen=True, eq=False)
-class OneGraph:
-    """One compile of a model in training mode.
-
-    Attributes:
-        router: live: other weights in it are other routes, without a recompile.
-        language_model: the model's two halves.
-        run: the decoder, compiled.
-        device: of all of them.
-    """
-
-    router: FluxRouter
-    language_model: LanguageModel
-    run: Callable[..., Any]
-    device: torch.device
+class OneGraph(PatternGraph):
+    """One compile of a model in training mode, whose router may be any of the same shape."""
 
     @classmethod
     @contextlib.contextmanager
@@ -73,13 +58,8 @@ class OneGraph:
         model = unwrap(model)
         check_trainable(model)
         torch._dynamo.reset()
-        device = next(model.parameters()).device
-        router = FluxRouter.from_model(model, config).to(device)
-        with no_silent_eager(), attached(model, router), frozen(model):
-            probe = torch.arange(8, device=device)[None] % 2
-            language_model = LanguageModel.of(model).checked(model, probe)
-            run = compiled(language_model.body, router, lowering=lowering)
-            yield cls(router, language_model, run, device)
+        with no_silent_eager(), super().of(model, config, lowering=lowering) as graph:
+            yield graph
 
     def pattern(self, routes: Sequence[int]) -> Callable[[Sequence[Prompt]], Scores]:
         """Scores batches under fixed routes, one 0/1 a layer, 1 for full attention.
@@ -135,15 +115,11 @@ class OneGraph:
         for tensor in (ids, mask):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         output = self.run(ids, attention_mask=mask, use_cache=False)
-        return output.logits if self.language_model.head is None else output.last_hidden_state
+        return self.language_model.states(output)
 
     def _score(self, states: torch.Tensor, prompts: Sequence[Prompt], full: torch.Tensor) -> Scores:
         places = Places.of(prompts, self.device)
         starts = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
         before = starts[places.rows] + places.order - 1  # the position that predicts the target
-        head = self.language_model.head or _identity
+        head = self.language_model.to_logits
         return score(states[places.rows, before], places, head, full)
-
-
-def _identity(logits: torch.Tensor) -> torch.Tensor:
-    return logits

@@ -2,23 +2,21 @@
 
 import tempfile
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fluxcompile.errors import ConfigError, TrainingError
-from fluxcompile.model_layers import text_config, unwrap
+from fluxcompile.model_layers import unwrap
 from fluxcompile.router import FluxRouter
 from fluxcompile.training import backbone, checkpoint
 from fluxcompile.training.adaptation import AdaptationTrainer, Adapted
-from fluxcompile.training.batching import collate
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.processes import barrier
 from fluxcompile.training.tasks import resolve_tasks
-from fluxcompile.training.train import prepare_examples
+from fluxcompile.training.train import collator_for, prepare_examples
 
 
 def adapt_backbone(
@@ -65,7 +63,7 @@ def adapt_backbone(
     backbone.check_trainable(model)
     router.check_model(model)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(training_arguments, output_dir, scratch)
+        arguments = CompiledTrainingArguments.of_run(training_arguments, output_dir, scratch)
         known = resolve_tasks(tasks)
         examples = prepare_examples(model, router.config, data, tokenizer, known, arguments)
         names = [name for name in known if name in {example.task for example in examples}]
@@ -89,10 +87,7 @@ def adapt_backbone(
                 ),
                 logits_chunk=arguments.logits_chunk,
             )
-            pad = getattr(text_config(model), "pad_token_id", None) or 0
-            collator = partial(
-                collate, pad_token_id=pad, tasks={name: known[name] for name in names}
-            )
+            collator = collator_for(model, {name: known[name] for name in names})
             trainer = AdaptationTrainer(adapted, arguments, examples, names, collator)
             resume = checkpoint.resolve(arguments.resume_from_checkpoint, arguments.output_dir)
             with backbone.compiler_settings(arguments.activation_memory_budget):
@@ -101,14 +96,6 @@ def adapt_backbone(
             trained.save_pretrained(output_dir)
         barrier()  # whoever returns finds the model in place
     return trained.eval()
-
-
-def _arguments(
-    given: dict[str, Any], output_dir: str | Path | None, scratch: str
-) -> CompiledTrainingArguments:
-    if output_dir is None:
-        given = {"save_strategy": "no", **given}
-    return CompiledTrainingArguments.parse({**given, "output_dir": str(output_dir or scratch)})
 
 
 def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

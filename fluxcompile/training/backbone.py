@@ -1,7 +1,7 @@
 """A user's model during training: frozen, in eval mode, attached, and afterwards as it was."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from fluxcompile.attachment import attach, attachment_of, detach
 from fluxcompile.errors import TrainingError
 from fluxcompile.model_layers import text_config
 from fluxcompile.router import FluxRouter
+from fluxcompile.training.examples import Example, prepare
 from fluxcompile.training.fingerprint import changed, fingerprint
 from fluxcompile.training.processes import gathered
+from fluxcompile.training.tasks import Task
 
 _RECOMPILES = 256
 
@@ -148,6 +150,29 @@ def compiler_settings(activation_memory_budget: float | None) -> Iterator[None]:
 
             with config.patch(activation_memory_budget=activation_memory_budget):
                 yield
+
+
+def examples_for(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+    min_length: int,
+    max_length: int,
+) -> list[Example]:
+    """:func:`prepare` for what ``model`` can take: its vocabulary, and its positions if fewer.
+
+    Raises:
+        DataError: data that cannot be used.
+    """
+    return prepare(
+        data,
+        tokenizer,
+        tasks=tasks,
+        min_length=min_length,
+        max_length=longest(model, max_length),
+        vocab_size=getattr(text_config(model), "vocab_size", None),
+    )
 
 
 def longest(model: nn.Module, max_length: int) -> int:

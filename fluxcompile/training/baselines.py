@@ -14,9 +14,13 @@ from torch import nn
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError
-from fluxcompile.model_layers import attention_layers, text_config, unwrap
-from fluxcompile.training.backbone import check_trainable, compiler_settings, frozen, longest
-from fluxcompile.training.examples import Example, prepare
+from fluxcompile.model_layers import attention_layers, unwrap
+from fluxcompile.training.backbone import (
+    check_trainable,
+    compiler_settings,
+    examples_for,
+    frozen,
+)
 from fluxcompile.training.patterns import PatternLoss
 from fluxcompile.training.tasks import resolve_tasks
 
@@ -63,7 +67,7 @@ def entropy_routes(
     """
     model = unwrap(model)
     _check_count(sparse_layers, len(attention_layers(model)))
-    examples = _examples(model, data, tokenizer, tasks, 2, max_length)
+    examples = examples_for(model, data, tokenizer, resolve_tasks(tasks), 2, max_length)
     entropies = matrix_entropies(model, [example.input_ids for example in examples])
     order = sorted(range(len(entropies)), key=entropies.__getitem__)
     return _routes(len(entropies), order[:sparse_layers])
@@ -161,8 +165,8 @@ def greedy_routes(
     _check_count(sparse_layers, layers)
     config = FluxConfig() if config is None else config
     shortest = config.sink + config.local + 1
-    examples = _examples(model, data, tokenizer, tasks, shortest, max_length)
-    with compiler_settings(None), PatternLoss.of(model, config, lowering) as loss:
+    examples = examples_for(model, data, tokenizer, resolve_tasks(tasks), shortest, max_length)
+    with compiler_settings(None), PatternLoss.of(model, config, lowering=lowering) as loss:
         order = greedy_order(lambda routes: loss(routes, examples), layers, sparse_layers)
     return _routes(layers, order)
 
@@ -187,24 +191,6 @@ def greedy_order(cost: Callable[[Routes], float], layers: int, sparse_layers: in
 
 def _routes(layers: int, sparse: Sequence[int]) -> Routes:
     return tuple(int(layer not in sparse) for layer in range(layers))
-
-
-def _examples(
-    model: nn.Module,
-    data: Iterable[Mapping[str, Any]],
-    tokenizer: Any,
-    tasks: Mapping[str, float | str] | None,
-    min_length: int,
-    max_length: int,
-) -> list[Example]:
-    return prepare(
-        data,
-        tokenizer,
-        tasks=resolve_tasks(tasks),
-        min_length=min_length,
-        max_length=longest(model, max_length),
-        vocab_size=getattr(text_config(model), "vocab_size", None),
-    )
 
 
 def _check_count(sparse_layers: int, layers: int) -> None:

@@ -18,10 +18,9 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training import backbone
 from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.patterns import pinning_noise
 from fluxcompile.training.processes import summed
 
-# Noise that no logit outweighs: the softmax is exactly 1 for full attention.
-_DECISIVE = 1e4
 #: A deviation is at least this share of the layer's typical one, and of its typical mean: a feature
 #: that hardly varies would otherwise turn rounding into a signal.
 LEAST_OF_DEVIATION, LEAST_OF_MEAN = 1e-2, 1e-3
@@ -98,8 +97,7 @@ def _features(
 ) -> dict[int, torch.Tensor]:
     ids = batch["input_ids"].to(device)
     mask = None if len(ids) == 1 else batch["attention_mask"].to(device)
-    noise = torch.zeros(len(ids), len(router.layers), 2, device=device)
-    noise[..., 1] = _DECISIVE
+    noise = pinning_noise(torch.ones(len(ids), len(router.layers), dtype=torch.bool, device=device))
     prompt_length = batch.get("prompt_length")
     # Under grad mode, although nothing is differentiated: the training step's graph serves here.
     with soft_routes(router, noise=noise, prompt_length=prompt_length) as soft:

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers import TrainingArguments
@@ -108,6 +109,23 @@ class CompiledTrainingArguments(TrainingArguments):
             raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+
+    @classmethod
+    def of_run(cls, given: Mapping[str, Any], output_dir: str | Path | None, scratch: str) -> Self:
+        """As :meth:`parse`, for a run that writes to ``output_dir``.
+
+        Args:
+            given: what the user passed.
+            output_dir: None: nothing is kept.
+            scratch: a directory that lasts as long as the run, for what is not kept.
+        """
+        if output_dir is None:
+            if given.get("resume_from_checkpoint") is True:
+                raise ConfigError.mismatch(
+                    "resume_from_checkpoint", "a path, or output_dir given as well", True
+                )
+            given = {"save_strategy": "no", **given}
+        return cls.parse({**given, "output_dir": str(output_dir or scratch)})
 
     def __post_init__(self) -> None:
         self.check_values()

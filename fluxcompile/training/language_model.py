@@ -41,6 +41,15 @@ class LanguageModel:
             return cls(model, None)
         return cls(decoder, _Head(embedding, text_config(model)))
 
+    def states(self, output: Any) -> torch.Tensor:
+        """Of what ``body`` returns the part that ``to_logits`` takes, ``[B, S, D]``."""
+        return output.logits if self.head is None else output.last_hidden_state
+
+    @property
+    def to_logits(self) -> Head:
+        """From ``states`` of any positions ``[N, D]`` to logits ``[N, V]``."""
+        return self.head or _identity
+
     def losses(
         self, run: Callable[..., Any], input_ids: torch.Tensor, mask: torch.Tensor | None,
         targets: Targets, chunk: int,
@@ -56,21 +65,23 @@ class LanguageModel:
             chunk: targets whose logits exist at one time.
         """
         mask = None if len(input_ids) == 1 else mask
-        output = run(input_ids, attention_mask=mask, use_cache=False)
-        states = output.logits if self.head is None else output.last_hidden_state
+        states = self.states(run(input_ids, attention_mask=mask, use_cache=False))
         picked = states[targets.rows, targets.positions]
-        return token_losses(picked, targets.tokens, self.head or _identity, chunk)
+        return token_losses(picked, targets.tokens, self.to_logits, chunk)
 
     @torch.no_grad()
-    def checked(self, model: nn.Module, input_ids: torch.Tensor) -> "LanguageModel":
+    def checked(self, model: nn.Module, input_ids: torch.Tensor | None = None) -> "LanguageModel":
         """This, if its losses are those of ``model``'s own logits; else the whole model.
 
         Args:
             model: in eval mode.
-            input_ids: int64 ``[B, S]``; its first few tokens are run, eager.
+            input_ids: int64 ``[B, S]``; its first few tokens are run, eager. None: a few tokens
+                that every vocabulary has.
         """
         if self.head is None:
             return self
+        if input_ids is None:
+            input_ids = torch.arange(8, device=next(model.parameters()).device)[None] % 2
         ids = input_ids[:, :_CHECKED_TOKENS]
         mask, targets = torch.ones_like(ids), Targets.of(ids)
         whole = LanguageModel(model, None)

@@ -35,11 +35,17 @@ def pinning_noise(full: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class PatternLoss:
-    """Mean loss of examples under fixed routes.
+class PatternGraph:
+    """One compile of a model in training mode that serves any pattern of routes.
 
     The training graph takes noise as an input and adds it to the routers' logits; noise that
     outweighs every logit decides, so each pattern is one more input and nothing compiles twice.
+
+    Attributes:
+        router: live: other weights in it are other routes, without a recompile.
+        language_model: the model's two halves.
+        run: the decoder, compiled.
+        device: of all of them.
     """
 
     router: FluxRouter
@@ -49,15 +55,20 @@ class PatternLoss:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, model: nn.Module, config: FluxConfig, lowering: str) -> Iterator[Self]:
-        """For ``model``, frozen meanwhile."""
+    def of(
+        cls, model: nn.Module, config: FluxConfig, *, lowering: str = "inductor"
+    ) -> Iterator[Self]:
+        """For ``model`` and the sparse attention of ``config``; frozen meanwhile."""
         device = next(model.parameters()).device
         router = FluxRouter.from_model(model, config).to(device)
         with attached(model, router), frozen(model):
-            probe = torch.arange(8, device=device)[None] % 2
-            language_model = LanguageModel.of(model).checked(model, probe)
+            language_model = LanguageModel.of(model).checked(model)
             run = compiled(language_model.body, router, lowering=lowering)
             yield cls(router, language_model, run, device)
+
+
+class PatternLoss(PatternGraph):
+    """Mean loss of examples under fixed routes."""
 
     @torch.no_grad()
     def __call__(self, routes: Sequence[int], examples: Sequence[Example]) -> float:

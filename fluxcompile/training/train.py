@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fluxcompile.training.arguments import RouterTrainingArguments
 from fluxcompile.training.batching import collate
 from fluxcompile.training.calibration import is_calibrated
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
-from fluxcompile.training.examples import Example, prepare
+from fluxcompile.training.examples import Example
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.processes import barrier
@@ -74,7 +74,7 @@ def train_router(
     model = unwrap(model)
     backbone.check_trainable(model)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(training_arguments, output_dir, scratch)
+        arguments = RouterTrainingArguments.of_run(training_arguments, output_dir, scratch)
         router = _router(model, config, router, arguments)
         known = resolve_tasks(tasks)
         examples = prepare_examples(model, router.config, data, tokenizer, known, arguments)
@@ -100,18 +100,6 @@ def train_router(
             write_card(router, Path(output_dir), present, settings, trainer.state, len(examples))
         barrier()  # whoever returns finds the router in place
     return router
-
-
-def _arguments(
-    given: dict[str, Any], output_dir: str | Path | None, scratch: str
-) -> RouterTrainingArguments:
-    if output_dir is None:
-        if given.get("resume_from_checkpoint") is True:
-            raise ConfigError.mismatch(
-                "resume_from_checkpoint", "a path, or output_dir given as well", True
-            )
-        given = {"save_strategy": "no", **given}
-    return RouterTrainingArguments.parse({**given, "output_dir": str(output_dir or scratch)})
 
 
 def _router(
@@ -149,14 +137,15 @@ def prepare_examples(
     shortest = arguments.min_length
     if shortest is None:
         shortest = config.sink + config.local + 1
-    return prepare(
-        data,
-        tokenizer,
-        tasks=tasks,
-        min_length=shortest,
-        max_length=backbone.longest(model, arguments.max_length),
-        vocab_size=getattr(text_config(model), "vocab_size", None),
-    )
+    return backbone.examples_for(model, data, tokenizer, tasks, shortest, arguments.max_length)
+
+
+def collator_for(
+    model: nn.Module, tasks: Mapping[str, Task]
+) -> Callable[[Sequence[Example]], dict[str, torch.Tensor]]:
+    """Examples of ``tasks`` to a batch, padded as ``model`` pads."""
+    pad = getattr(text_config(model), "pad_token_id", None)
+    return partial(collate, pad_token_id=pad if isinstance(pad, int) else 0, tasks=tasks)
 
 
 def _trainer(
@@ -180,6 +169,4 @@ def _trainer(
         ),
         logits_chunk=arguments.logits_chunk,
     )
-    pad = getattr(text_config(model), "pad_token_id", None)
-    collator = partial(collate, pad_token_id=pad if isinstance(pad, int) else 0, tasks=tasks)
-    return RouterTrainer(trainee, arguments, examples, list(tasks), collator)
+    return RouterTrainer(trainee, arguments, examples, list(tasks), collator_for(model, tasks))

@@ -63,7 +63,7 @@ def losses():
     """Loss of a three-layer model under a pattern, and its examples."""
     model = tiny_model(num_hidden_layers=3, initializer_range=0.2)
     examples = prepare(tiny_data(3), tasks=BUILT_IN)
-    with PatternLoss.of(model, CONFIG, "eager") as loss:
+    with PatternLoss.of(model, CONFIG, lowering="eager") as loss:
         yield model, loss, examples
 
 
@@ -102,7 +102,7 @@ def test_greedy_takes_the_cheapest_layer_each_time():
     routes = greedy_routes(model, data, sparse_layers=2, config=CONFIG, lowering="eager")
     assert routes.count(0) == 2
     singles, pairs = [(0, 1, 1), (1, 0, 1), (1, 1, 0)], [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    with PatternLoss.of(model, CONFIG, "eager") as loss:
+    with PatternLoss.of(model, CONFIG, lowering="eager") as loss:
         first = min(singles, key=lambda routes: loss(routes, examples))
         allowed = [pair for pair in pairs if pair[first.index(0)] == 0]
         assert routes == min(allowed, key=lambda routes: loss(routes, examples))

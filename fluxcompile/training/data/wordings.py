@@ -14,6 +14,10 @@ def listed(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
+def _after_value(sentence: str) -> str:
+    return sentence.rpartition("{value}")[2]
+
+
 @dataclass(frozen=True)
 class Fact:
     """A sentence to hide, and how to ask for what it says.
@@ -31,7 +35,7 @@ class Fact:
     @property
     def close(self) -> str:
         """What ends the sentence after its value."""
-        return self.fact.rpartition("{value}")[2]
+        return _after_value(self.fact)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Chain:
     @property
     def close(self) -> str:
         """What ends the second sentence after its value."""
-        return self.fact.rpartition("{value}")[2]
+        return _after_value(self.fact)
 
 
 @dataclass(frozen=True)
