@@ -11,19 +11,17 @@ from torch import nn
 from fluxcompile.atomic import write_all
 from fluxcompile.errors import TrainingError
 from fluxcompile.router import FluxRouter
-from fluxcompile.soft_routes import soft_routes
-from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.compiled_trainer import CompiledTrainer
 from fluxcompile.training.examples import Example
 from fluxcompile.training.language_model import LanguageModel
-from fluxcompile.training.objective import row_means
+from fluxcompile.training.routed_module import RoutedModule
 from fluxcompile.training.safeguard import Safeguard
 
 TRAINED_FILE = "trained.safetensors"
 
 
-class Adapted(nn.Module):
+class Adapted(RoutedModule):
     """One batch in, its language-model loss under locked routes out.
 
     Args:
@@ -43,12 +41,8 @@ class Adapted(nn.Module):
         run: Callable[..., Any],
         logits_chunk: int,
     ) -> None:
-        super().__init__()
+        super().__init__(router, language_model=language_model, run=run, logits_chunk=logits_chunk)
         self.model = model
-        self.router = router
-        self.logits_chunk = logits_chunk
-        # Behind a tuple, so that the compiled decoder is not registered as one more submodule.
-        self._language_model = (language_model, run)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -73,14 +67,9 @@ class Adapted(nn.Module):
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss`` and
             ``routed_sparsity``, the share of layers that ran sparse.
         """
-        language_model, run = self._language_model
-        targets = Targets.of(labels)
-        with soft_routes(self.router, prompt_length=prompt_length) as routes:
-            losses = language_model.losses(
-                run, input_ids, attention_mask, targets, self.logits_chunk
-            )
-            shares = routes.shares()[:, routes.routed]
-        lm_loss = row_means(losses, targets.rows, len(input_ids))
+        lm_loss, shares, _ = self.rows(
+            input_ids, attention_mask, labels, prompt_length=prompt_length
+        )
         return {
             "loss": lm_loss.mean(),
             "lm_loss": lm_loss.detach(),

@@ -8,10 +8,10 @@ from torch import nn
 
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.calibration import calibrate
-from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
-from fluxcompile.training.objective import routed_sparsity, row_means, sparsity_term
+from fluxcompile.training.objective import routed_sparsity, sparsity_term
+from fluxcompile.training.routed_module import RoutedModule
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -19,7 +19,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-class Trainee(nn.Module):
+class Trainee(RoutedModule):
     """One batch in, the objective out.
 
     The backbone stays in eval mode: dropout would be noise that is not the router's.
@@ -43,17 +43,13 @@ class Trainee(nn.Module):
         run: Callable[..., Any],
         logits_chunk: int,
     ) -> None:
-        super().__init__()
+        super().__init__(router, language_model=language_model, run=run, logits_chunk=logits_chunk)
         self.backbone = backbone
-        self.router = router
         self.multipliers = multipliers
-        self.logits_chunk = logits_chunk
         # DistributedDataParallel would send a backbone that every process has already.
         self._ddp_params_and_buffers_to_ignore = [
             f"backbone.{name}" for name, _ in _tensors(backbone)
         ]
-        # Behind a tuple, so that the compiled decoder is not registered as one more submodule.
-        self._language_model = (language_model, run)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -94,26 +90,19 @@ class Trainee(nn.Module):
             ``sparsity`` (soft, what the constraint sees), ``routed_sparsity`` (argmax, what
             inference does). Both are means over the layers that can be sparse at all.
         """
-        from fluxcompile.soft_routes import soft_routes
-
-        language_model, run = self._language_model
-        targets = Targets.of(labels)
-        with soft_routes(
-            self.router,
+        lm_loss, shares, routed = self.rows(
+            input_ids,
+            attention_mask,
+            labels,
             temperature=temperature,
             noise=noise,
             prompt_length=prompt_length,
             hardness=hardness,
-        ) as soft:
-            losses = language_model.losses(
-                run, input_ids, attention_mask, targets, self.logits_chunk
-            )
-            shares = soft.shares()[:, soft.routed]
-        lm_loss = row_means(losses, targets.rows, len(input_ids))
+        )
         term = sparsity_term(shares, *self.multipliers.of(task_id))
         return {
             "loss": (lm_loss + term.penalty).mean(),
             "lm_loss": lm_loss.detach(),
             "sparsity": term.sparsity.detach(),
-            "routed_sparsity": routed_sparsity(shares, noise[:, soft.routed], temperature),
+            "routed_sparsity": routed_sparsity(shares, noise[:, routed], temperature),
         }
