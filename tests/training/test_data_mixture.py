@@ -6,7 +6,7 @@ import pytest
 
 from fluxcompile.errors import DataError
 from fluxcompile.training.batching import collate
-from fluxcompile.training.data import ALL, FORMS, builtin_mixture
+from fluxcompile.training.data import ALL, FORMS, WORDINGS, builtin_mixture
 from fluxcompile.training.data.sources import sources
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.tasks import resolve_tasks
@@ -14,6 +14,7 @@ from tests.training.byte_tokenizer import BOS, EOS, ByteTokenizer
 
 LENGTH = 5000  # a token a byte: some 1,200 tokens of a real tokenizer
 TOKENIZER = ByteTokenizer()
+CUES = WORDINGS["train"].cues
 RETRIEVAL, HOLISTIC = tuple(FORMS["retrieval"]), tuple(FORMS["holistic"])
 
 
@@ -106,14 +107,19 @@ def test_a_single_needle_begins_at_its_depth():
 
 @pytest.mark.parametrize("style", ["chat", "plain"])
 def test_a_lead_is_between_the_prompt_and_the_answer(style):
-    made = mixture(12, tasks="retrieval", style=style, question="last")
-    led = [item for item in made if item["lead_length"]]
-    assert 0 < len(led) < 12
-    assert led == [item for item in made if item["wording"].endswith("lead")]
+    made = mixture(24, tasks="retrieval", style=style, question="last")
+    led = [item for item in made if item["wording"].endswith("lead")]
+    unread = [item for item in led if item["lead_length"]]
+    assert 0 < len(unread) < len(led) < 24
+    assert all(item in led for item in made if item["lead_length"])
     for item in made:
+        if item in led and item not in unread:
+            continue
         prompt = decode(item["input_ids"][: item["prompt_length"] - item["lead_length"]])
-        assert prompt.endswith("[assistant] " if style == "chat" else "\nAnswer:")
-    for item in led:
+        assert prompt.endswith(
+            "[assistant] " if style == "chat" else tuple(f"\n{cue}" for cue in CUES)
+        )
+    for item in unread:
         lead, answer = item["prompt_length"] - item["lead_length"], item["prompt_length"]
         assert decode(item["input_ids"][lead:answer]).strip()
         assert decode(item["input_ids"][answer:]).startswith(f" {item['answer']}")
@@ -131,7 +137,7 @@ def test_the_router_reads_up_to_the_answer_or_half_of_a_text():
 @pytest.mark.parametrize("lead", [0.0, 1.0])
 def test_all_answers_are_led_up_to_or_none(lead):
     made = mixture(6, tasks=("needle", "two_hop"), question="both", lead=lead)
-    assert {item["lead_length"] > 0 for item in made} == {lead == 1}
+    assert {item["wording"].endswith("lead") for item in made} == {lead == 1}
 
 
 @pytest.mark.parametrize("question", ["first", "last", "both"])

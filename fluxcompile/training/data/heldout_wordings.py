@@ -26,7 +26,7 @@ WORDINGS = Wordings(
         "Reply with nothing else.",
         "No explanation, please.",
     ),
-    cue="Reply:",
+    cues=("Reply:",),
     needle=(
         Fact(
             "Visitors of the {key} museum must say the password {value}.",
