@@ -79,7 +79,7 @@ def prepare(
     Args:
         data: a ``datasets.Dataset``, a list, or any iterable of mappings with one of
             ``input_ids``, ``text`` and ``messages``, a ``task``, and perhaps ``labels``,
-            ``prompt_length`` and ``lead_length`` (see
+            ``prompt_length`` and ``unread_length`` (see
             :func:`fluxcompile.training.encoding.encode`). Other keys are ignored. It is read once
             and held in memory: 8 bytes a token, 16 with labels.
         tokenizer: needed for ``text`` and ``messages``.

@@ -159,8 +159,9 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
         answer=asked.answer,
         depth=(len(start) + first_needed) / recipe.length,
         wording=f"{asked.wording}{' lead' if led else ''}",
+        lead_length=len(lead),
         # The lead may be the user's, as in a completion, or the model's own words.
-        lead_length=len(lead) if rng.random() < LEAD_UNREAD else 0,
+        unread_length=len(lead) if rng.random() < LEAD_UNREAD else 0,
         filler=kind,
     )
 
