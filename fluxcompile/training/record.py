@@ -28,6 +28,7 @@ _ARGUMENTS = (
     "temperature_end",
     "temperature_anneal",
     "hardness",
+    "distillation",
     "max_length",
     "seed",
 )

@@ -242,3 +242,17 @@ def test_inductor_trains_the_same_router(budget):
     expected = train_router(tiny_model(), tiny_data(), **quick)
     settings = quick | {"lowering": "inductor", "activation_memory_budget": budget}
     assert largest_difference(train_router(tiny_model(), tiny_data(), **settings), expected) < 1e-6
+
+
+def test_distillation_descends_the_divergence_from_full_attention(tmp_path):
+    settings = {"output_dir": tmp_path, "logging_steps": 1, "save_steps": 6, **QUICK}
+    train_router(tiny_model(initializer_range=0.3), tiny_data(), distillation=1.0, **settings)
+    logs = state_of(tmp_path / "checkpoint-6")["log_history"]
+    found = [[entry[f"divergence/{t}"] for t in ("retrieval", "holistic")] for entry in logs]
+    assert all(
+        0 < value < entry["lm_loss"]
+        for entry, both in zip(logs, found, strict=True)
+        for value in both
+    )
+    # No penalty at the first step, where λ is 0: all of the objective is the divergence.
+    assert logs[0]["loss"] == pytest.approx(sum(found[0]) / 2, rel=1e-4)
