@@ -215,7 +215,12 @@ def sdpa_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, last: int) -> t
 
 
 def block_sparse(s: Setting) -> list[Measurement]:
-    """Random blocks of several densities, beside our dense kernel."""
+    """Random blocks of several densities, beside our dense kernel.
+
+    What is asked is a share of the dense time beyond the scoring. Nothing is scored here, the mask
+    is given; what a scoring's result costs before attention begins is turning it into lists, which
+    a row of its own shows and the limit leaves out. Every time of a whole operator has it in.
+    """
     q, k, v = s.operands()
     base = device_seconds(_ours_dense(s, q, k, v), s.device)
     blocks = -(-s.length // CONFIG.block)
@@ -231,14 +236,29 @@ def block_sparse(s: Setting) -> list[Measurement]:
 
         error = checked("block-sparse", ours()[:, -CONFIG.block :], last_block(s, q, k, v, mask))
         seconds = device_seconds(ours, s.device)
+        lists = _listing_seconds(s, q, k, mask)
         rows.append(
             Measurement(
                 f"block-sparse, density {density:.3f}", seconds,
                 s.arithmetic_floor(density * pairs_full(s.length)), {"our dense": base}, error,
-                **asked(s, "≤ 1.25 density × dense", seconds / (density * base), 1.25),
+                **asked(
+                    s, "≤ 1.25 density × dense + lists", (seconds - lists) / (density * base), 1.25
+                ),
             )
         )  # fmt: skip
+        if lists:
+            rows.append(Measurement("  of it, its lists", lists, mask.nbytes / s.bytes))
     return rows
+
+
+def _listing_seconds(s: Setting, q, k, mask: torch.Tensor) -> float:
+    """Turning the mask into lists of blocks, a part of the operator; on a CPU there are none."""
+    if s.device == "cpu":
+        return 0.0
+    from fluxcompile.kernels.block_sparse.triton import block_lists  # brings Triton
+
+    options = {"block": CONFIG.block, "window": 0}
+    return device_seconds(lambda: block_lists(q, k, mask, None, None, None, **options), s.device)
 
 
 def last_block(s: Setting, q, k, v, mask: torch.Tensor) -> torch.Tensor:
