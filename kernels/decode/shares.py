@@ -29,7 +29,7 @@ from fluxcompile.kernels.launch import SMALLEST_TILE, row_strides, score_scales,
 _FLOOR = tl.constexpr(-1.0e30)
 _MIN_BLOCKS = tl.constexpr(2)  # blocks a share should have before another program pays
 _MAX_ROWS = 64  # every program looks at all of them
-_SEGMENTS = 32  # gathered at once, at most
+_SEGMENTS = 32  # gathered at once
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,8 @@ def gather_kernel(
     i_first = _program_of(i_begin, n_each, n_more)
     n_segments = _program_of(i_begin + n_row - 1, n_each, n_more) + 1 - i_first
     n_segments = tl.where(n_row > 0, n_segments, 0)
-    if OVERLAP:  # noqa: SIM102  known while compiling, the rest is not
-        # Always true, but the compiler cannot know: it would move all of the above behind the wait.
-        if n_segments >= 0:
-            tl_cuda.gdc_wait()  # until every segment has been written
+    if OVERLAP:
+        tl_cuda.gdc_wait()  # until every segment has been written
 
     b_out = tl.zeros([BLOCK_D], dtype=tl.float32)
     top = tl.max(tl.full([BLOCK_S], _FLOOR, dtype=tl.float32), 0)
@@ -267,7 +265,7 @@ def attention(
             :func:`fluxcompile.kernels.ops.decode_attention`.
         sms: multiprocessors of the device.
         overlap: whether the second kernel can be set up while the first runs.
-        early: whether the first can be, too, while the kernel before it runs, if they overlap.
+        early: whether the first can be, too, while the kernel before it runs; only with ``overlap``.
         config: keys a block and launch; None: the ones of :data:`CONFIGS`.
 
     Returns:
@@ -281,12 +279,9 @@ def attention(
     out = q.new_empty(batch, 1, heads, head_dim)
     if not out.numel():
         return out
-    lanes = batch * kv_heads
-    most_blocks = lanes * triton.cdiv(keys, config.block_n)
+    most_blocks = batch * kv_heads * triton.cdiv(keys, config.block_n)
     programs = max(1, min(config.per_sm * sms, most_blocks // _MIN_BLOCKS.value))
-    segments = programs + lanes - 1
-    # Twice what a lane has where all are alike; longer lanes are gathered in several rounds.
-    block_s = min(_SEGMENTS, 2 * triton.next_power_of_2(programs // lanes + 1))
+    segments = programs + batch * kv_heads - 1
     part = q.new_empty(segments, group, head_dim, dtype=torch.float32)
     maxima = q.new_empty(segments, group, dtype=torch.float32)
     sums = torch.empty_like(maxima)
@@ -310,7 +305,7 @@ def attention(
         gather_kernel[(batch * heads,)](
             part, maxima, sums, out, bounds, routes, batch, keys, programs,
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
-            BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_N=config.block_n, BLOCK_S=block_s,
+            BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_N=config.block_n, BLOCK_S=_SEGMENTS,
             HAS_ROUTE=route is not None, OVERLAP=overlap, EARLY=early,
             num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
