@@ -265,7 +265,7 @@ def attention(
             :func:`fluxcompile.kernels.ops.decode_attention`.
         sms: multiprocessors of the device.
         overlap: whether the second kernel can be set up while the first runs.
-        early: whether the first can be, too, while the kernel before it runs; only with ``overlap``.
+        early: whether the first can be, too, while the kernel before it runs.
         config: keys a block and launch; None: the ones of :data:`CONFIGS`.
 
     Returns:
@@ -288,7 +288,6 @@ def attention(
     bounds = query_bounds.contiguous()
     routes = q if route is None else route.contiguous().view(torch.uint8)
     block_b = triton.next_power_of_2(batch)
-    early = early and overlap
     with torch.cuda.device_of(q):
         share_kernel[(programs,)](
             q, k, v, part, maxima, sums, bounds,

@@ -76,23 +76,17 @@ def check_decode_shares(
     device: str,
     config: shares.Config | None = None,
     sms: int | None = None,
-    early: bool = False,
 ) -> None:
     """The decode kernels that deal all rows out together, called directly, keep the error bound."""
     x = cases.decode(case, dtype, device)
-    out = run_shares(x, config, sms, early)
+    out = run_shares(x, config, sms)
     cases.assert_within_bound(x, out)
 
 
 def run_shares(
-    x: cases.Decode,
-    config: shares.Config | None = None,
-    sms: int | None = None,
-    early: bool = False,
+    x: cases.Decode, config: shares.Config | None = None, sms: int | None = None
 ) -> torch.Tensor:
     """Decode with one program or more on each of ``sms`` multiprocessors; None: the device's."""
     sms = sms or decode_triton.sm_count(x.q.device)
     overlap = decode_triton.overlaps(x.q.device)
-    return shares.attention(
-        *x.operands, **x.options, sms=sms, overlap=overlap, early=early, config=config
-    )
+    return shares.attention(*x.operands, **x.options, sms=sms, overlap=overlap, config=config)
