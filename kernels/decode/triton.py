@@ -1,8 +1,5 @@
 """Decode attention in Triton: split over keys, then combined.
 
-One query a row is served by ``shares.py``, which deals all rows' blocks out together. Here each row
-is split by itself: for steps of several queries, and for batches of many rows.
-
 The query heads that share a KV head, times the step's few queries, are the rows of one tile, so KV
 is read once. Each batch row's key ranges and route are read on the device; the blocks of its ranges
 (of what any of its queries sees), laid end to end, are dealt out evenly to a number of splits fixed
@@ -22,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-from fluxcompile.kernels.decode import shares
 from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
 
 # Below every score and finite, so that the maximum of a split without keys stays finite.
@@ -213,37 +209,13 @@ def decode_attention(
     route: Tensor | None,
     scale: float,
     softcap: float,
-) -> Tensor:
-    """Launch whichever kernels serve these shapes; nothing here depends on device data.
-
-    Args:
-        q: ``[B, H, Sq, D]``; for the operands see :func:`fluxcompile.kernels.ops.decode_attention`.
-
-    Returns:
-        ``[B, Sq, H, D]``.
-    """
-    operands = q, k, v, query_bounds, key_valid, route
-    if shares.serves(q.shape[2], q.shape[0], q.shape[1] // k.shape[1]):
-        device = {"sms": sm_count(q.device), "overlap": overlaps(q.device)}
-        return shares.attention(*operands, scale=scale, softcap=softcap, **device)
-    return split_attention(*operands, scale, softcap)
-
-
-def split_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_bounds: Tensor,
-    key_valid: Tensor | None,
-    route: Tensor | None,
-    scale: float,
-    softcap: float,
     config: Config | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Split each row by itself: :func:`decode_attention` with the two kernels of this file.
+    """Launch both kernels; nothing here depends on device data.
 
     Args:
+        q: ``[B, H, Sq, D]``; for the operands see :func:`fluxcompile.kernels.ops.decode_attention`.
         config: keys a block and launch; None: the ones of :data:`CONFIGS`.
         splits: shares that a row's keys are dealt into at most; None: chosen for the device.
 
@@ -258,7 +230,7 @@ def split_attention(
     block_m = tile_rows(group, queries)
     tiles = triton.cdiv(group * queries, block_m)
     programs = batch * kv_heads * tiles
-    even, most = choose_splits(programs, batch, keys, config.block_n, sm_count(q.device))
+    even, most = choose_splits(programs, batch, keys, config.block_n, _sm_count(q.device))
     if splits is not None:
         even = most = splits
     out = q.new_empty(batch, queries, heads, head_dim)
@@ -267,7 +239,7 @@ def split_attention(
     part = q.new_empty(batch, queries, heads, most, head_dim, dtype=torch.float32)
     maxima = q.new_empty(batch, queries, heads, most, dtype=torch.float32)
     sums = torch.empty_like(maxima)
-    overlap = overlaps(q.device)
+    overlap = _overlaps(q.device)
     with torch.cuda.device_of(q):
         split_kernel[(batch * kv_heads, tiles, most)](
             q, k, v, part, maxima, sums, query_bounds.contiguous(),
@@ -315,7 +287,7 @@ def choose_splits(rows: int, batch: int, keys: int, block_n: int, sms: int) -> t
 
 
 @functools.cache
-def overlaps(device: torch.device) -> bool:
+def _overlaps(device: torch.device) -> bool:
     """Whether a kernel can be set up while the one before it runs (Hopper and later)."""
     if device.type != "cuda" or torch.version.hip:
         return False
@@ -323,7 +295,7 @@ def overlaps(device: torch.device) -> bool:
 
 
 @functools.cache
-def sm_count(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -9,8 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fluxcompile.kernels.decode import shares
-from fluxcompile.kernels.decode import triton as decode_triton
 from fluxcompile.kernels.decode.triton import Config as DecodeConfig
 from fluxcompile.kernels.host_flag import triton as flag_triton
 from fluxcompile.kernels.router import triton as router_triton
@@ -21,7 +19,6 @@ from . import cases, gradient_cases, router_cases, triton_checks
 
 TOKENS = 100
 TILES = Config(16, 16, 4, 1)
-SHARES = shares.Config(32, 4, 1, 1)
 
 
 def small(case: cases.Case) -> cases.Case:
@@ -85,45 +82,6 @@ def test_decode(case):
 def test_decode_half(name, splits):
     case = cases.named(name)
     triton_checks.check_decode(case, torch.float16, "cpu", DecodeConfig(32, 4, 1), splits)
-
-
-@pytest.mark.parametrize("programs", [1, 7])
-@pytest.mark.parametrize("case", cases.ONE_QUERY, ids=cases.name)
-def test_decode_shares(case, programs):
-    """One program that walks over everything; and shares that begin and end within rows."""
-    triton_checks.check_decode_shares(case, torch.float32, "cpu", SHARES, programs)
-
-
-@pytest.mark.parametrize("name", ["mixed-holes-decode", "one-long-row", "no-keys", "length-1"])
-def test_decode_shares_fewer_than_programs(name):
-    triton_checks.check_decode_shares(cases.named(name), torch.float16, "cpu", SHARES, 1000)
-
-
-@pytest.mark.parametrize("name", ["mixed", "one-long-row"])
-def test_decode_gathers_many_segments(name, monkeypatch):
-    """More segments of a row than are gathered at once."""
-    monkeypatch.setattr(shares, "_SEGMENTS", 2)
-    triton_checks.check_decode_shares(cases.named(name), torch.float32, "cpu", SHARES, 9)
-
-
-@pytest.mark.parametrize("programs", [1, 5])
-def test_decode_shares_keep_rows_apart(programs):
-    """What is not a number in one row stays there, though one program serves several rows."""
-    x = cases.decode(cases.named("forty-rows"), torch.float32)
-    clean = triton_checks.run_shares(x, SHARES, programs)
-    x.k[3], x.v[7] = torch.nan, torch.nan
-    out = triton_checks.run_shares(x, SHARES, programs)
-    touched = [3, 7]
-    assert out[touched].isnan().any(dim=(1, 2, 3)).all()
-    rest = [i for i in range(40) if i not in touched]
-    assert torch.equal(out[rest], clean[rest])
-
-
-@pytest.mark.parametrize("name", ["mixed", "step-3"])
-def test_decode_dispatch(name):
-    """What the CUDA key calls, with the tiles it ships."""
-    x = cases.decode(cases.named(name), torch.float32)
-    cases.assert_within_bound(x, decode_triton.decode_attention(*x.operands, **x.options))
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 70, 24), (1, 2, 5, 16)], ids=str)

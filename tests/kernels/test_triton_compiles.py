@@ -9,7 +9,6 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from fluxcompile.kernels.decode import shares  # noqa: E402
 from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
 from fluxcompile.kernels.host_flag import triton as flag_triton  # noqa: E402
 from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
@@ -133,20 +132,6 @@ def test_decode_combine_compiles(head_dim, element, config):
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_S": 64, "OVERLAP": True}
     combine = compiled(decode_triton.combine_kernel, config, element, constants)
     assert combine.metadata.shared <= SHARED_MEMORY
-
-
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-@pytest.mark.parametrize(("head_dim", "element", "config"), configurations(shares.CONFIGS))
-def test_decode_shares_compile(head_dim, element, config, everything):
-    sizes = {"KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": head_dim}
-    sizes |= {"BLOCK_N": config.block_n, "HAS_ROUTE": True, "OVERLAP": True, "EARLY": everything}
-    rows = 64 if everything else 8
-    flags = dict.fromkeys(("HAS_VALID", "HAS_SOFTCAP"), everything)
-    tiles = {"BLOCK_B": rows, "BLOCK_M": 16}
-    share = compiled(shares.share_kernel, config, element, sizes | tiles | flags)
-    assert config.per_sm * (share.metadata.shared + 1024) <= SHARED_MEMORY + 1024
-    gather = compiled(shares.gather_kernel, config, element, sizes | {"BLOCK_B": 64, "BLOCK_S": 32})
-    assert gather.metadata.shared <= SHARED_MEMORY
 
 
 def test_router_compiles():

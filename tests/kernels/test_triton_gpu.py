@@ -58,12 +58,6 @@ def test_decode_kernel(case, dtype):
     triton_checks.check_decode(case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
-@pytest.mark.parametrize("case", cases.ONE_QUERY, ids=cases.name)
-def test_decode_shares_kernel(case, dtype):
-    triton_checks.check_decode_shares(case, dtype, "cuda")
-
-
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
 def test_head_dims(dtype, head_dim):
@@ -71,9 +65,6 @@ def test_head_dims(dtype, head_dim):
     triton_checks.check_prefill(case, dtype, "cuda")
     for name in ("mixed", "step-3", "step-full-tile", "step-two-tiles"):
         triton_checks.check_decode(cases.at(cases.named(name), head_dim=head_dim), dtype, "cuda")
-    for name in ("mixed", "mixed-holes-decode", "one-long-row"):
-        case = cases.at(cases.named(name), head_dim=head_dim)
-        triton_checks.check_decode_shares(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.name)
@@ -150,8 +141,6 @@ def test_decode_splits_do_not_change_the_result():
     for splits in (1, 2, 7, 64):
         triton_checks.check_decode(case, torch.bfloat16, "cuda", splits=splits)
         triton_checks.check_decode(steps, torch.bfloat16, "cuda", splits=splits)
-    for sms in (1, 2, 7, 64):
-        triton_checks.check_decode_shares(case, torch.bfloat16, "cuda", sms=sms)
 
 
 def test_new_lengths_do_not_recompile():

@@ -2,7 +2,6 @@
 
 import torch
 
-from fluxcompile.kernels.decode import shares
 from fluxcompile.kernels.decode import triton as decode_triton
 from fluxcompile.kernels.streaming import triton as streaming_triton
 from fluxcompile.kernels.streaming.backward import triton as backward_triton
@@ -64,29 +63,7 @@ def check_decode(
     config: decode_triton.Config | None = None,
     splits: int | None = None,
 ) -> None:
-    """The decode kernels that split each row by itself, called directly, keep the error bound."""
+    """The decode kernels, called directly, keep the error bound."""
     x = cases.decode(case, dtype, device)
-    out = decode_triton.split_attention(*x.operands, **x.options, config=config, splits=splits)
+    out = decode_triton.decode_attention(*x.operands, **x.options, config=config, splits=splits)
     cases.assert_within_bound(x, out)
-
-
-def check_decode_shares(
-    case: cases.DecodeCase,
-    dtype: torch.dtype,
-    device: str,
-    config: shares.Config | None = None,
-    sms: int | None = None,
-) -> None:
-    """The decode kernels that deal all rows out together, called directly, keep the error bound."""
-    x = cases.decode(case, dtype, device)
-    out = run_shares(x, config, sms)
-    cases.assert_within_bound(x, out)
-
-
-def run_shares(
-    x: cases.Decode, config: shares.Config | None = None, sms: int | None = None
-) -> torch.Tensor:
-    """Decode with one program or more on each of ``sms`` multiprocessors; None: the device's."""
-    sms = sms or decode_triton.sm_count(x.q.device)
-    overlap = decode_triton.overlaps(x.q.device)
-    return shares.attention(*x.operands, **x.options, sms=sms, overlap=overlap, config=config)
