@@ -213,12 +213,17 @@ def evaluate(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A published Flux Attention checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(help="A published Flux Attention checkpoint, or a router's folder.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder for the router.")],
+    dtype: Annotated[
+        DType, typer.Option(help="What its weights are stored in; it computes in float32.")
+    ] = DType.FLOAT32,
 ) -> None:
-    """Take the routers out of a published Flux Attention checkpoint."""
+    """Save the routers inside a published checkpoint, or a router once more in another dtype."""
     from fluxcompile.training import command
 
     with _errors_told():
-        router = command.convert(checkpoint, output)
+        router = command.convert(source, output, dtype.value)
     typer.echo(f"router of {len(router.layer_names)} layers: {output}")

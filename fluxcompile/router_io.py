@@ -100,6 +100,15 @@ def save(
     write_all({directory / name: data for name, data in files.items()})
 
 
+def is_saved_router(directory: Path) -> bool:
+    """Tell whether ``directory`` is one that :func:`save` wrote, damaged or not.
+
+    Raises:
+        RouterError: its ``config.json`` is missing or no JSON object.
+    """
+    return read_json(directory / CONFIG_FILE).get("format") == FORMAT
+
+
 def locate(name: str | os.PathLike[str], **download: Any) -> Path:
     """Return the directory of a saved router, downloading it if ``name`` is a Hub id.
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxcompile import router_io
+from fluxcompile.atomic import write_all
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, DataError, TrainingError
 from fluxcompile.router import FluxRouter
@@ -90,14 +92,29 @@ def train(
     )
 
 
-def convert(checkpoint: Path, output: Path) -> FluxRouter:
-    """Save the routers inside a published Flux Attention checkpoint as a router of their own.
+def convert(source: Path, output: Path, dtype: str = "float32") -> FluxRouter:
+    """Save the routers of a published Flux Attention checkpoint, or a saved router, in ``dtype``.
+
+    A saved router keeps its model card; checkpoints of its training are left behind.
+
+    Args:
+        source: directory of either.
+        output: directory of the router.
+        dtype: of the stored weights, see :meth:`FluxRouter.save_pretrained`.
 
     Raises:
-        RouterError: ``checkpoint`` is not one, or its routers are incomplete.
+        RouterError: ``source`` is neither, or its routers are incomplete.
     """
-    router = FluxRouter.from_fluxattention(checkpoint)
-    router.save_pretrained(output)
+    if not router_io.is_saved_router(source):
+        router = FluxRouter.from_fluxattention(source)
+        router.save_pretrained(output, dtype=getattr(torch, dtype))
+        return router
+    router = FluxRouter.from_pretrained(source)
+    card = source / router_io.CARD_FILE
+    if card.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        write_all({output / router_io.CARD_FILE: card.read_bytes()})
+    router.save_pretrained(output, dtype=getattr(torch, dtype))
     return router
 
 
