@@ -186,6 +186,11 @@ def test_card_of_a_nameless_base_model(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
 
 
+def test_card_says_which_weights_it_was_trained_against(tmp_path):
+    random_router().save_pretrained(tmp_path, model_card_kwargs={"trained_against": "these"})
+    assert "trained against these." in (tmp_path / "README.md").read_text()
+
+
 def test_push_to_hub_uploads_the_three_files(monkeypatch):
     uploaded = {}
 
@@ -250,7 +255,7 @@ def test_nowhere(name, tmp_path, monkeypatch):
 
 def test_a_file_is_no_directory(saved):
     directory, _ = saved
-    with pytest.raises(RouterError, match="expected a directory or owner/name, got a file"):
+    with pytest.raises(RouterError, match=r"expected a directory, owner/name or .*, got a file"):
         FluxRouter.from_pretrained(directory / "model.safetensors")
 
 

@@ -1,6 +1,7 @@
 """``fluxcompile train`` and ``fluxcompile convert``: paths and words in, a router directory out."""
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,20 @@ def train(
     cpu = cpu or not torch.cuda.is_available()
     if data != BUILT_IN and not Path(data).is_file():
         raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
+    card = {"trained_on": f"rows of `{Path(data).name}`"}
+    if model == SMOLLM2:
+        from fluxcompile import smollm2
+
+        card["trained_against"] = smollm2.WEIGHTS
     loaded, tokenizer = load_model(model, dtype or ("float32" if cpu else "bfloat16"))
     if data == BUILT_IN:
         if tokenizer is None:
             raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
         count = examples or max(64, 2 * known.get("batch_size", 48))
-        seed = known.get("seed", 0)
-        rows = builtin_mixture(tokenizer, **{"seed": seed} | recipe, examples=count)
+        recipe = {"seed": known.get("seed", 0), "examples": count} | recipe
+        rows = builtin_mixture(tokenizer, **recipe)
+        words = ", ".join(f"{name}={value!r}" for name, value in recipe.items())
+        card["trained_on"] = f"`builtin_mixture({words})` of Python {platform.python_version()}"
     else:
         rows = read_jsonl(Path(data))
     return train_router(
@@ -88,6 +96,7 @@ def train(
         tasks=targets or None,
         config=flux_config,
         output_dir=output,
+        model_card_kwargs=card,
         **{"use_cpu": cpu} | known,
     )
 

@@ -45,7 +45,10 @@ def test_train_writes_a_router_and_resumes(files):
     router = FluxRouter.from_pretrained(files / "router")
     assert (router.config.sink, router.config.local) == (4, 8)
     assert (router.config.suffix_size, router.config.segments) == (5, "separate")
-    assert "| retrieval | 0.3 |" in (files / "router" / "README.md").read_text()
+    card = (files / "router" / "README.md").read_text()
+    assert "| retrieval | 0.3 |" in card
+    assert "Data: rows of `data.jsonl`." in card
+    assert "trained against" not in card
     again = train(files, "--task", "retrieval=0.3", "--resume",
                   "--config", "suffix_size=5", "--config", "segments=separate")  # fmt: skip
     assert again.exit_code == 0, again.output
