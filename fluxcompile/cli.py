@@ -172,7 +172,9 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    router: Annotated[Path, typer.Option(help="A trained router's folder.")],
+    router: Annotated[
+        Path, typer.Option(help="A trained router's folder, or a packaged router's name.")
+    ],
     model: Annotated[
         str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')
     ] = "smollm2",

@@ -226,7 +226,9 @@ class FluxRouter(
         """Load a router saved by :meth:`save_pretrained`, on CPU and in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a directory, or a repository id on the Hub.
+            pretrained_model_name_or_path: a directory, the name of a router that comes with the
+                package (:func:`fluxcompile.packaged_routers` lists them), or a repository id on
+                the Hub. A packaged router is never looked for on the Hub.
             force_download: download again even if cached.
             token: Hub token; True takes the stored one.
             cache_dir: where downloads are cached.

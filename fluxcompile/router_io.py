@@ -27,6 +27,7 @@ from fluxcompile.atomic import write_all
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, RouterError
 from fluxcompile.layer_router import LayerRouter
+from fluxcompile.packaged import PACKAGED, packaged_directory
 
 if TYPE_CHECKING:
     from fluxcompile.router import FluxRouter
@@ -113,18 +114,23 @@ def locate(name: str | os.PathLike[str], **download: Any) -> Path:
     """Return the directory of a saved router, downloading it if ``name`` is a Hub id.
 
     Args:
-        name: a directory, or a repository id.
+        name: a directory, a packaged router's name, or a repository id.
         download: options of ``huggingface_hub.snapshot_download``.
 
     Raises:
-        RouterError: neither, or the download failed.
+        RouterError: none of them, or the download failed.
     """
     path = Path(name)
     if path.is_dir():
         return path
+    if (packaged := packaged_directory(name)) is not None:
+        if not packaged.is_dir():
+            raise RouterError.mismatch(f"packaged router {str(name)!r}", packaged, "no such folder")
+        return packaged
     if path.exists() or not is_hub_id(str(name)):
         got = "a file" if path.exists() else "no such directory"
-        raise RouterError.mismatch(f"router {str(name)!r}", "a directory or owner/name", got)
+        known = f"a directory, owner/name or one of {list(PACKAGED)}"
+        raise RouterError.mismatch(f"router {str(name)!r}", known, got)
     try:
         patterns = [CONFIG_FILE, WEIGHTS_FILE]
         return Path(
