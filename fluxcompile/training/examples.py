@@ -1,8 +1,8 @@
 """Checked examples from whatever the caller has, before any hour is spent on them.
 
 **Packing.** The method makes one routing decision a row, so a row never mixes tasks, and mixes
-documents only where asked. Padding is bounded by batching rows of similar length instead
-(:mod:`fluxcompile.training.batching`). What happens to a document's length here:
+documents only where asked. What bounds padding is that a step's rows of similar length run together
+(:class:`fluxcompile.training.sampling.ByLengthInStep`). What happens to a document's length here:
 
 - longer than ``max_length``: a holistic document is cut into consecutive pieces, none of which
   crosses into another document; a last piece shorter than ``min_length`` is dropped. Documents

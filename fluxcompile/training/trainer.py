@@ -79,7 +79,7 @@ class RouterTrainer(CompiledTrainer):
         The examples are the first ones of the run, each task equally often; the processes share
         them, and all get the same result.
         """
-        order = list(self._get_train_sampler())[:rows]
+        order = list(self.run_order())[:rows]
         mine = order[self.args.process_index :: self.args.world_size]
         size = self.args.per_device_train_batch_size
         batches = (
