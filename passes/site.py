@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
+from fluxcompile.kernels.ring.layout import RingPattern
 from fluxcompile.kernels.validation import MAX_DECODE_QUERIES
 from fluxcompile.passes.graph_util import as_expr
 
@@ -52,6 +53,7 @@ class CacheKind(enum.Enum):
     DYNAMIC = "dynamic"
     STATIC_NEW = "static, new"
     STATIC = "static"
+    TRIMMED = "trimmed"
     UNKNOWN = "unknown"
 
 
@@ -94,6 +96,24 @@ class GivenMask:
 Mask = CausalMask | GivenMask
 
 
+@dataclass(frozen=True)
+class TrimmedKV:
+    """The inputs that hold a trimmed layer's rings, and what this call adds to them.
+
+    Attributes:
+        keys, values: rings ``[B, HK, pattern.slots, D]``.
+        new_keys, new_values: ``[B, HK, Sq, D]``.
+        counts: int64 ``[B]``, valid tokens before this call; negative: not known.
+    """
+
+    keys: fx.Node
+    values: fx.Node
+    new_keys: fx.Node
+    new_values: fx.Node
+    counts: fx.Node
+    pattern: RingPattern
+
+
 @dataclass
 class AttentionSite:
     """One attention of the graph, and everything the later stages need to rewrite it.
@@ -126,6 +146,12 @@ class AttentionSite:
     past_length: fx.Node | None = None
     #: the static key buffer, where the attention reads only a slice of it
     key_buffer: fx.Node | None = None
+    #: the marker of a growing cache that may be trimmed after this call
+    marker: fx.Node | None = None
+    #: bool [B, Skv]: the keys' validity for whoever trims, None for all valid
+    trims_by: fx.Node | None = None
+    #: this call's cache, where it has been trimmed
+    trimmed: TrimmedKV | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
     #: graph input: the weight nearest to the query, which tells the layer
@@ -149,7 +175,7 @@ class AttentionSite:
 
     @property
     def has_past(self) -> bool:
-        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC)
+        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC, CacheKind.TRIMMED)
 
     @property
     def window(self) -> int:

@@ -1,0 +1,182 @@
+"""Where a token lies in a ring, worked out on the device and without a sync.
+
+A ring holds one layer's keys (or values) ``[B, HK, slots, D]`` of the tokens that sparse decode may
+still read. A token's slot follows from its *rank*, its place among the row's valid tokens:
+
+==================  ==========================================================================
+``0 … sink - 1``     rank 0 … sink - 1, for good
+``… + turn``         the latest ``turn`` ranks: rank r in slot ``sink + (r - sink) % turn``
+the last slot        what must not be kept: tokens that are not valid, overwritten at once
+==================  ==========================================================================
+
+``turn`` is ``local`` and some to spare, so that a step of several tokens can write them all before
+its first query reads, and the latest tokens can be taken back. Rows have their own ranks, so left
+padding needs nothing more. Neither order nor gaps matter: positions are in the keys already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RingPattern:
+    """What a ring keeps, in tokens.
+
+    Attributes:
+        sink: first valid tokens of a row.
+        local: latest valid tokens that a query sees, itself included.
+        spare: tokens kept beyond ``local``.
+    """
+
+    sink: int
+    local: int
+    spare: int
+
+    @property
+    def turn(self) -> int:
+        """Ranks after the sinks that a ring holds."""
+        return self.local + self.spare
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a ring holds at most."""
+        return self.sink + self.turn
+
+    @property
+    def slots(self) -> int:
+        return self.kept + 1
+
+    def holds(self, queries: int) -> bool:
+        """Whether a step may write ``queries`` tokens a row before the first of them reads."""
+        return queries <= self.spare + 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The tokens of one step: ``past`` int64 ``[B]``, valid tokens before it; ``rank`` int64
+    ``[B, Sq]``, that of each token or, if it is not valid, of the one before it; ``fresh`` bool
+    ``[B, Sq]``, whether it is valid.
+    """
+
+    past: Tensor
+    rank: Tensor
+    fresh: Tensor
+
+
+def count_tokens(
+    counts: Tensor, key_valid: Tensor | None, length: int, queries: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ranks of the latest ``queries`` of ``length`` tokens.
+
+    Args:
+        counts: int64 ``[B]``, the valid tokens that the ring was given; negative: not known.
+        key_valid: bool ``[B, length]`` by this call's mask; None: every token.
+
+    Returns:
+        ``past``, ``rank`` and ``fresh`` as in :class:`Ranks`, and bool ``[B]``: the mask counts as
+        many past tokens as the ring does.
+    """
+    before = length - queries
+    if key_valid is None:
+        told = torch.full_like(counts, before)
+        fresh = torch.ones((counts.shape[0], queries), dtype=torch.bool, device=counts.device)
+    else:
+        told, fresh = key_valid[:, :before].sum(-1), key_valid[:, before:]
+    past = torch.where(counts < 0, told, counts)
+    return past, past[:, None] + fresh.cumsum(-1) - 1, fresh, past == told
+
+
+def slots_of(rank: Tensor, sink: int, turn: int) -> Tensor:
+    """Slots of ``rank``, of the same shape."""
+    return torch.where(rank < sink, rank, sink + (rank - sink) % turn)
+
+
+def slots_to_write(rank: Tensor, fresh: Tensor, sink: int, turn: int) -> Tensor:
+    """Slots int64 ``[B, Sq]`` of a step's tokens; the last slot for what is not to be kept: tokens
+    that are not valid, and those that the step's own later tokens push out."""
+    keep = fresh & ((rank < sink) | (rank > rank[:, -1:] - turn))
+    return torch.where(keep, slots_of(rank, sink, turn), sink + turn)
+
+
+def write_ring_(ring: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Put ``new`` ``[B, HK, Sq, D]`` in ``slots`` ``[B, Sq]`` of ``ring``."""
+    rows = torch.arange(ring.shape[0], device=ring.device)[:, None]
+    ring[rows, :, slots] = new.transpose(1, 2)
+
+
+def count_written_(counts: Tensor, rank: Tensor) -> None:
+    """``counts`` ``[B]`` after a step of tokens with ``rank`` ``[B, Sq]``."""
+    counts.copy_(rank[:, -1] + 1)
+
+
+def ring_bounds(rank: Tensor, sink: int, local: int, turn: int) -> Tensor:
+    """What each query sees of the ring that holds its own token and no more than ``turn - local``
+    later ones, for ``flux::decode_attention``: int32 ``[B, Sq, 4]``.
+
+    The local ranks are a run of slots or, where it passes the ring's end, a run at each end; the
+    one at the beginning touches the sinks. So two ranges always do.
+    """
+    seen = rank + 1
+    oldest = (seen - local).clamp(min=sink)
+    start, stop = slots_of(oldest, sink, turn), slots_of(rank, sink, turn) + 1
+    zero = torch.zeros_like(seen)
+    sinks_only, wraps = seen <= sink, start >= stop
+    sink_end = torch.where(sinks_only, seen, torch.where(wraps, stop, sink))
+    local_start = torch.where(sinks_only, seen, start)
+    end = torch.where(sinks_only, seen, torch.where(wraps, sink + turn, stop))
+    return torch.stack((zero, sink_end, local_start, end), dim=-1).to(torch.int32)
+
+
+def slots_by_age(past: Tensor, sink: int, turn: int) -> tuple[Tensor, Tensor]:
+    """Every slot of rings that hold ``past`` ``[B]`` valid tokens, oldest token first.
+
+    Returns:
+        slots int64 ``[B, sink + turn]``, and whether there is a token, bool of that shape.
+    """
+    place = torch.arange(sink + turn, device=past.device)
+    rank = torch.where(place < sink, place, past[:, None] - sink - turn + place)
+    there = torch.where(place < sink, rank < past[:, None], rank >= sink)
+    return torch.where(there, slots_of(rank, sink, turn), 0), there
+
+
+def unroll(ring: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """``ring`` in the order of ``slots`` ``[B, N]``, then ``new``: ``[B, HK, N + Sq, D]``."""
+    return torch.cat((pick(ring, slots), new), dim=2)
+
+
+def pick(keys: Tensor, index: Tensor) -> Tensor:
+    """``keys`` ``[B, HK, T, D]`` at ``index`` ``[B, N]``: ``[B, HK, N, D]``."""
+    batch, heads, _, head_dim = keys.shape
+    return keys.gather(2, index[:, None, :, None].expand(batch, heads, -1, head_dim))
+
+
+def index_of_slots(
+    valid: Tensor | None, batch: int, length: int, pattern: RingPattern, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which of ``length`` tokens in their order go where in a new ring.
+
+    Args:
+        valid: bool ``[B, length]``; None: every token.
+
+    Returns:
+        int64 ``[B, slots]``, a token index for each slot (any, where nothing belongs), and
+        ``counts`` int64 ``[B]``.
+    """
+    sink, turn = pattern.sink, pattern.turn
+    if valid is None:
+        counts = torch.full((batch,), length, device=device)
+    else:
+        counts = valid.sum(-1)
+    last = counts[:, None] - 1
+    slot = torch.arange(pattern.slots, device=device)
+    rank = torch.where(slot < sink, slot, last - (last - slot) % turn)
+    rank = rank.clamp(min=0).minimum(last.clamp(min=0))
+    if valid is None:
+        return rank, counts
+    seen = valid.to(torch.int32).cumsum(-1)
+    index = torch.searchsorted(seen, (rank + 1).to(torch.int32))
+    return index.clamp(max=length - 1), counts
