@@ -1,127 +1,143 @@
-"""One layer of a :class:`fluxcompile.FluxCache`: it grows until it is trimmed to a ring."""
+"""One layer of a :class:`fluxcompile.FluxCache`: it grows until compiled code makes it a ring."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 import fluxcompile.kernels.ops  # noqa: F401  registers torch.ops.flux
-from fluxcompile.errors import CacheError
+from fluxcompile.kept_routes import KeptRoutes, hand_over, keep, kept
 from fluxcompile.kernels.ring.layout import RingPattern
-from fluxcompile.kept_routes import hand_over
+from fluxcompile.rings import fixed
+
+
+def picked(ring: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, int64 ``[B']``, of ``ring`` ``[B, ...]``, in its own place if the size stays."""
+    return fixed(ring[rows], ring)
 
 
 class FluxLayer(DynamicLayer):
-    """Keys and values ``[B, HK, tokens, D]``, or rings ``[B, HK, slots, D]`` once trimmed.
+    """Keys and values ``[B, HK, tokens, D]``, or rings ``[B, HK, slots, D]``.
 
-    Compiled code does the trimming, by putting rings and ``counts`` where the layer looks for its
-    keys, values and counts: see :mod:`fluxcompile.trimming`.
+    Compiled code puts rings, and what counts their tokens, where the layer looks for its keys,
+    values and counts: see :mod:`fluxcompile.rings`.
 
     Attributes:
-        counts: int64, ``[B]`` valid tokens of each row once trimmed, -1 where they are not known;
-            ``[0]`` or None before.
-        length: tokens so far, valid or not.
+        counts: int64: of a ring ``[B]``, the valid tokens of each row, -1 where they are not known;
+            otherwise ``[0]`` or None.
+        seen: int64 ``[]``, all tokens in a ring of fixed size.
+        length: all tokens otherwise.
+        max_length: tokens that there is room for, 0 for a layer that grows.
     """
 
-    def __init__(self, pattern: RingPattern) -> None:
+    def __init__(self, pattern: RingPattern, max_length: int = 0) -> None:
         super().__init__()
         self.sink, self.local, self.spare = pattern.sink, pattern.local, pattern.spare
+        self.max_length = max_length
         self.counts: torch.Tensor | None = None
+        self.seen: torch.Tensor | None = None
         self.length = 0
-        self._most = 0  # tokens that it has held at any time, as far as crop() has seen
+        #: keys, values, counts and seen of the last prompt, for the next to use their memory
+        self.old: tuple[torch.Tensor | None, ...] = (None,) * 4
 
     @property
     def pattern(self) -> RingPattern:
         return RingPattern(self.sink, self.local, self.spare)
 
     @property
-    def is_trimmed(self) -> bool:
+    def is_ring(self) -> bool:
         return self.counts is not None and self.counts.numel() > 0
+
+    @property
+    def is_trimmed(self) -> bool:
+        """True where only sink and local tokens are kept."""
+        return self.is_ring and self.keys.shape[2] != self.max_length + 1
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add ``[B, HK, Sq, D]``; returns all keys and values ``[B, HK, tokens, D]``.
 
-        Of a trimmed layer these stand in a compiled graph for what is never made; see
+        Of a ring these stand in a compiled graph for what is never made; see
         :mod:`fluxcompile.kernels.ring.op`.
 
         Raises:
-            KernelError: the layer is trimmed and this is not a model compiled with ``flux``.
+            KernelError: the layer is a ring and this is not a model compiled with ``flux``.
         """
-        pattern = self.sink, self.local, self.spare
-        if self.is_trimmed:
-            tokens = self.length + key_states.shape[-2]
-            name = torch.ops.flux.trimmed_cache.default
-            keys = name(key_states, self.keys, self.counts, tokens, *pattern)
-            values = name(value_states, self.values, self.counts, tokens, *pattern)
+        pattern = self.sink, self.local, self.spare, self.max_length
+        if self.is_ring:
+            tokens = self.max_length or self.length + key_states.shape[-2]
+            counts = self.counts, self.seen if self.max_length else None
+            name = torch.ops.flux.ring_cache.default
+            keys = name(key_states, self.keys, *counts, tokens, *pattern)
+            values = name(value_states, self.values, *counts, tokens, *pattern)
             self.length = tokens
             return keys, values
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_compiling():
-            self.counts = torch.ops.flux.growing_cache.default(key_states, *pattern)
+            mark = torch.ops.flux.growing_cache.default
+            self.counts, seen = mark(key_states, *pattern, *self.old)
+            if self.max_length:
+                self.seen, self.old = seen, (None,) * 4
         self.length = keys.shape[-2]
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.is_trimmed:
-            return self.length + query_length, 0
+        if self.is_ring:
+            return self.max_length or self.length + query_length, 0
         return super().get_mask_sizes(query_length)
 
-    def get_seq_length(self) -> int:
-        return self.length if self.is_trimmed else super().get_seq_length()
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Tokens so far; of a ring of fixed size a tensor int64 ``[]``."""
+        if not self.is_ring:
+            return super().get_seq_length()
+        return self.seen if self.max_length else self.length
+
+    def get_max_length(self) -> int:
+        return self.max_length or -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the latest tokens.
-
-        Args:
-            tokens_to_remove: minus their number.
-
-        Raises:
-            CacheError: the layer is trimmed, and what was pushed out would be needed again.
-        """
-        if not self.is_trimmed:
-            old = self.keys
-            super().crop(tokens_to_remove)
-            if old is not None and self.keys is not old:
-                self.length = self.keys.shape[-2]
-                hand_over(old, self.keys)
-            return
-        if not tokens_to_remove:
-            return
-        most, length = max(self._most, self.length), self.length - abs(tokens_to_remove)
-        if most - length > self.spare:
-            raise CacheError.mismatch(
-                "crop of a trimmed cache",
-                f"at most {self.spare} tokens behind the longest it was ({most} tokens); "
-                "FluxCache(spare=...) sets how many",
-                f"{most - length}",
-            )
-        self._most, self.length = most, length
-        self.counts.fill_(-1)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.pick_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized and self.keys.numel():
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self.pick_rows(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.pick_rows(indices)
+        """Take back the latest tokens, minus ``tokens_to_remove`` of them, where it is no ring;
+        :meth:`fluxcompile.FluxCache.crop` knows what rings still hold."""
+        old = self.keys
+        super().crop(tokens_to_remove)
+        if old is not None and self.keys is not old:
+            self.length = self.keys.shape[-2]
+            hand_over(old, self.keys)
 
     def pick_rows(self, rows: torch.Tensor) -> None:
-        """Make the batch of ``rows``, int64 ``[B']`` or bool ``[B]``; routes and counts go along."""
+        """Make the batch of ``rows``, int64 ``[B']``; routes go along, counts do not."""
         if not self.is_initialized or not self.keys.numel():
             return
         rows = rows.to(self.keys.device)
-        old = self.keys
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        if self.is_trimmed:
-            self.counts = self.counts[rows]
-        hand_over(old, self.keys, rows)
+        routes = kept(self.keys)
+        self.keys, self.values = (
+            picked(kv, rows) if self.is_ring else kv[rows] for kv in (self.keys, self.values)
+        )
+        if routes is not None:
+            keep(self.keys, routes.of_rows(rows))
 
     def reset(self) -> None:
+        """Forget everything; what has a fixed size is used again by the next prompt, if it fits."""
+        old = (None,) * 4
+        if self.is_ring and self.max_length:
+            old = self.keys, self.values, self.counts, self.seen
         super().reset()
-        self.counts, self.length, self._most = None, 0, 0
+        self.counts = self.seen = None
+        self.length, self.old = 0, old
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        routes = None if self.keys is None else kept(self.keys)
+        if routes is not None:
+            state["_routes"] = routes.layers, routes.full, routes.sparse
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        routes = state.pop("_routes", None)
+        self.__dict__.update(state)
+        if routes is not None:
+            layers, full, sparse = routes
+            keep(self.keys, KeptRoutes(layers, full, sparse=sparse))

@@ -44,6 +44,10 @@ class KeptRoutes:
             sparse = tuple(x in known and self.sparse[known[x]] for x in layers)
         return KeptRoutes(layers, torch.stack(columns, dim=1), sparse=sparse)
 
+    def of_rows(self, rows: torch.Tensor) -> KeptRoutes:
+        """Of a batch made of ``rows``, int64 ``[B']``."""
+        return replace(self, full=self.full[rows.to(self.full.device)])
+
     def read(self) -> KeptRoutes:
         """With ``sparse`` known. Waits for the device if it was not."""
         if self.sparse is not None:
@@ -65,15 +69,10 @@ def kept(key: torch.Tensor) -> KeptRoutes | None:
     return routes if routes is not None and routes.version == version_of(key) else None
 
 
-def hand_over(old: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-    """Keep for ``new`` the routes of ``old``, if there are any: of its ``rows``, int64 ``[B']``,
-    where these were picked."""
-    routes = kept(old)
-    if routes is None:
-        return
-    if rows is not None:
-        routes = replace(routes, full=routes.full[rows.to(routes.full.device)])
-    keep(new, routes)
+def hand_over(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Keep for ``new`` the routes of ``old``, if there are any."""
+    if (routes := kept(old)) is not None:
+        keep(new, routes)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:

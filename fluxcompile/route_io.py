@@ -14,8 +14,8 @@ from fluxcompile.passes.pipeline import Rewrite
 from fluxcompile.passes.plan import Policy, RoutingPlan
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.planning import Planner
+from fluxcompile.ring_io import ring_io
 from fluxcompile.runtime import RouteIO
-from fluxcompile.trim_io import trim_io
 
 
 def route_io(
@@ -27,7 +27,7 @@ def route_io(
     model_key = next((i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)), None)
     own = len(next(iter(reversed(gm.graph.nodes))).args[0])
     carriers = _carriers(gm, routes.columns)
-    growing = trim_io(gm, result.sites, routes.columns)
+    growing = ring_io(gm, result.sites, routes.columns)
     valids = len(next(iter(reversed(gm.graph.nodes))).args[0]) - own
     if not routes.columns:
         io = _static_io(result, plan, planner, placeholders, model_key)

@@ -3,7 +3,7 @@
 Routes are kept weakly under the key tensor that leaves one call and enters the next (a growing
 cache's output, a static cache's buffer), so generations that take turns on one model never see each
 other's routes, and a cache that was reordered, cropped or made elsewhere, whose key tensor is
-another object, has none. A :class:`fluxcompile.FluxCache` is trimmed on the way out.
+another object, has none. A :class:`fluxcompile.FluxCache` becomes rings on the way out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from fluxcompile.errors import FluxWarning, RewriteError
 from fluxcompile.kept_routes import KeptRoutes, _routes_of_cache, keep, kept
+from fluxcompile.rings import GrowingLayer, known_layout, make_rings
 from fluxcompile.route_record import Routes, record_routes
-from fluxcompile.trimming import GrowingLayer, trim
 
 __all__ = ["CompiledGraph", "KeptRoutes", "RouteIO", "_routes_of_cache"]
 
@@ -40,7 +40,7 @@ class RouteIO:
         batch_input: position of an input whose first axis is the batch, or None.
         generation: of the attachment that the graph was compiled for, 0 for none.
         strict: raise where a cache's routes are lost.
-        growing: layers whose cache may be trimmed after the call.
+        growing: layers whose cache may become a ring after the call.
         valids: key validities among the outputs, behind the graph's own and before the routes.
     """
 
@@ -60,7 +60,7 @@ class RouteIO:
 
     @property
     def is_idle(self) -> bool:
-        """True where a call has no routes to bring, hand on or record, and nothing to trim."""
+        """True where a call has no routes to bring, hand on or record, and no rings to make."""
         if self.growing:
             return False
         if self.static is None:
@@ -89,7 +89,7 @@ class CompiledGraph:
             if not io.growing:
                 return outputs
             outputs = list(outputs)
-            trim(io.growing, outputs, _take(outputs, io.valids), ())
+            self._make_rings(inputs, outputs, None)
             return outputs
         if io.takes_routes:
             incoming = self._incoming(inputs)
@@ -135,10 +135,10 @@ class CompiledGraph:
         known = incoming is not None and not io.decides
         leaving = KeptRoutes(io.layers, routes, sparse=incoming.sparse if known else None)
         carrier = None
-        valids = _take(outputs, io.valids)
-        if any(layer.outgrows(outputs) for layer in io.growing):
-            leaving = leaving.read()
-            if trim(io.growing, outputs, valids, leaving.sparse):
+        if io.growing:
+            if any(layer.needs_route(outputs) for layer in io.growing):
+                leaving = leaving.read()
+            if self._make_rings(inputs, outputs, leaving.sparse):
                 for position in io.carriers:  # the first may no longer be the first to be routed
                     keep(outputs[position], leaving)
         if io.carriers:
@@ -149,6 +149,23 @@ class CompiledGraph:
             keep(carrier, leaving)
         if io.decides and io.model_key is not None:
             record_routes(inputs[io.model_key], Routes(routes, io.layer_names), io.generation)
+
+    def _make_rings(
+        self, inputs: Sequence[Any], outputs: list[Any], sparse: tuple[bool, ...] | None
+    ) -> bool:
+        """Whether rings were made; ``sparse``: of each column, whether it is in every row."""
+        io = self._io
+        valids = _take(outputs, io.valids)
+        wanted = {
+            layer
+            for layer in io.growing
+            if layer.could_trim(outputs) and (layer.column is None or sparse[layer.column])
+        }
+        routed = {layer.column for layer in wanted if layer.column is not None}
+        key = None if io.model_key is None else inputs[io.model_key]
+        chosen = known_layout(key, frozenset(routed))
+        wanted = {layer for layer in wanted if layer.column is None or layer.column in chosen}
+        return make_rings(io.growing, inputs, outputs, valids, wanted)
 
     def _record_static(self, inputs: Sequence[Any]) -> None:
         io = self._io

@@ -30,7 +30,7 @@ from fluxcompile.kernels.host_flag.op import await_flag, send_flag
 from fluxcompile.kernels.masks import flags, key_masks
 from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
-from fluxcompile.kernels.ring.op import agree, growing_cache, trimmed_cache
+from fluxcompile.kernels.ring.op import agree, growing_cache, ring_cache
 from fluxcompile.kernels.router.op import route_features, route_rows
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
@@ -48,12 +48,12 @@ __all__ = [
     "mask_bounds",
     "power_attention",
     "read_mask",
+    "ring_cache",
     "route_features",
     "route_rows",
     "send_flag",
     "streaming_attention",
     "triangle_attention",
-    "trimmed_cache",
     "xattention_attention",
 ]
 

@@ -7,7 +7,7 @@ sparse              the sparse mode's operator (prefill), ``flux::decode_attenti
 routed, prefill     ``cond(all rows full, full, sparse with per-row routes)``
 retrieval mode      XAttention in the place of full; a mixed batch computes both and picks by row
 routed, decode      ``flux::decode_attention`` reading the row's route on the device
-trimmed cache       what ``read_trimmed`` makes of it
+rings               what ``read_ring`` makes of them
 ==================  ==========================================================================
 
 Legal because the mask was proven equal to *causal + valid keys (+ window)* (or is checked at run
@@ -26,7 +26,7 @@ from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
-from fluxcompile.passes.read_trimmed import TrimmedReader, may_trim
+from fluxcompile.passes.read_ring import RingReader, may_become_ring, may_trim
 from fluxcompile.passes.site import AttentionSite, CausalMask, Skip, SkipReason
 
 
@@ -37,14 +37,14 @@ def branch_attention(
     emitter = Emitter(gm)
     masks = MaskOperandCache(emitter)
     routes = RouteSource(emitter, masks, plan.config.pooling)
-    trimmed = TrimmedReader(emitter, masks)
+    rings = RingReader(emitter, masks, routes)
     for site in sites:
         if site.skip is not None:
             site.became = "left alone"
             continue
         output = site.output
         try:
-            replacement = _rewrite(site, plan, emitter, masks, routes, trimmed)
+            replacement = _rewrite(site, plan, emitter, masks, routes, rings)
         except UnknownSize as problem:
             site.skip = Skip(SkipReason.MASK_UNREADABLE, f"size {problem} is not an input")
             site.became = "left alone"
@@ -61,13 +61,14 @@ def _rewrite(
     emitter: Emitter,
     masks: MaskOperandCache,
     routes: RouteSource,
-    trimmed: TrimmedReader,
+    rings: RingReader,
 ) -> fx.Node:
     policy = _policy(site, plan)
-    if site.trimmed is not None:
-        return replace(site, trimmed.read(site, policy, plan), emitter)
-    if may_trim(site, policy, plan):
-        site.trims_by = masks.key_valid(site)
+    if site.ring is not None:
+        return replace(site, rings.read(site, policy, plan), emitter)
+    if may_become_ring(site):
+        site.may_trim = may_trim(site, policy, plan)
+        site.key_valid = masks.key_valid(site)
     else:
         site.marker = None
     if site.is_decode:

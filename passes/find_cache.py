@@ -7,7 +7,7 @@ from torch import fx
 
 from fluxcompile.kernels.ring.layout import RingPattern
 from fluxcompile.passes.graph_util import argument, is_tensor, op_name, same_size, value_of
-from fluxcompile.passes.site import AttentionSite, CacheKind, TrimmedKV
+from fluxcompile.passes.site import AttentionSite, CacheKind, RingKV
 from fluxcompile.passes.views import index_symbols, upstream
 
 #: what transformers' sliding caches call the number of tokens they have seen
@@ -24,8 +24,8 @@ def find_caches(sites: list[AttentionSite]) -> None:
 
 def _classify(site: AttentionSite) -> None:
     key = site.k
-    if (trimmed := _trimmed(site)) is not None:
-        site.cache, site.trimmed, site.past_key = CacheKind.TRIMMED, trimmed, trimmed.keys
+    if (ring := _rings(site)) is not None:
+        site.cache, site.ring, site.past_key = CacheKind.RING, ring, ring.keys
         return
     if op_name(key) in ("cat", "concat", "concatenate"):
         parts, axis = argument(key, 0, "tensors"), argument(key, 1, "dim", 0)
@@ -50,17 +50,19 @@ def _classify(site: AttentionSite) -> None:
         site.cache = CacheKind.UNKNOWN
 
 
-def _trimmed(site: AttentionSite) -> TrimmedKV | None:
+def _rings(site: AttentionSite) -> RingKV | None:
     """Legal because the cache's layer names by these operators what its rings hold."""
     key, value = site.k, site.v
-    named = torch.ops.flux.trimmed_cache.default
+    named = torch.ops.flux.ring_cache.default
     if not (key.target is value.target is named and key.args[2:] == value.args[2:]):
         return None
-    new_keys, keys, counts, _, *pattern = key.args
+    new_keys, keys, counts, seen, _, *pattern, max_length = key.args
     new_values, values = value.args[:2]
-    if any(node.op != "placeholder" for node in (keys, values, counts)):
+    held = (keys, values, counts) if seen is None else (keys, values, counts, seen)
+    if any(node.op != "placeholder" for node in held):
         return None
-    return TrimmedKV(keys, values, new_keys, new_values, counts, RingPattern(*pattern))
+    pattern = RingPattern(*pattern)
+    return RingKV(keys, values, new_keys, new_values, counts, seen, pattern, max_length)
 
 
 def _marker(new_keys: fx.Node) -> fx.Node | None:

@@ -53,7 +53,7 @@ class CacheKind(enum.Enum):
     DYNAMIC = "dynamic"
     STATIC_NEW = "static, new"
     STATIC = "static"
-    TRIMMED = "trimmed"
+    RING = "ring"
     UNKNOWN = "unknown"
 
 
@@ -97,13 +97,15 @@ Mask = CausalMask | GivenMask
 
 
 @dataclass(frozen=True)
-class TrimmedKV:
-    """The inputs that hold a trimmed layer's rings, and what this call adds to them.
+class RingKV:
+    """The inputs that hold a layer's rings, and what this call adds to them.
 
     Attributes:
-        keys, values: rings ``[B, HK, pattern.slots, D]``.
+        keys, values: rings ``[B, HK, slots, D]``.
         new_keys, new_values: ``[B, HK, Sq, D]``.
         counts: int64 ``[B]``, valid tokens before this call; negative: not known.
+        seen: int64 ``[]``, all tokens before this call; None where that is ``Skv - Sq``.
+        max_length: tokens that there is room for, 0 for any number.
     """
 
     keys: fx.Node
@@ -111,7 +113,19 @@ class TrimmedKV:
     new_keys: fx.Node
     new_values: fx.Node
     counts: fx.Node
+    seen: fx.Node | None
     pattern: RingPattern
+    max_length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """True where every token is kept, False where only sink and local are. May add a guard."""
+        slots = self.keys.meta["example_value"].shape[2]
+        return self.max_length > 0 and bool(slots == self.max_length + 1)
+
+    @property
+    def slots(self) -> sympy.Expr:
+        return as_expr(self.keys.meta["example_value"].shape[2])
 
 
 @dataclass
@@ -146,12 +160,14 @@ class AttentionSite:
     past_length: fx.Node | None = None
     #: the static key buffer, where the attention reads only a slice of it
     key_buffer: fx.Node | None = None
-    #: the marker of a growing cache that may be trimmed after this call
+    #: the marker of a growing cache that may become a ring after this call
     marker: fx.Node | None = None
-    #: bool [B, Skv]: the keys' validity for whoever trims, None for all valid
-    trims_by: fx.Node | None = None
-    #: this call's cache, where it has been trimmed
-    trimmed: TrimmedKV | None = None
+    #: its layer may then be trimmed, in rows that are sparse
+    may_trim: bool = False
+    #: bool [B, Skv]: the keys' validity for whoever makes the ring, None for all valid
+    key_valid: fx.Node | None = None
+    #: this call's cache, where it is one of rings
+    ring: RingKV | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
     #: graph input: the weight nearest to the query, which tells the layer
@@ -175,7 +191,7 @@ class AttentionSite:
 
     @property
     def has_past(self) -> bool:
-        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC, CacheKind.TRIMMED)
+        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC, CacheKind.RING)
 
     @property
     def window(self) -> int:

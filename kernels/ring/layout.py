@@ -1,17 +1,18 @@
 """Where a token lies in a ring, worked out on the device and without a sync.
 
-A ring holds one layer's keys (or values) ``[B, HK, slots, D]`` of the tokens that sparse decode may
-still read. A token's slot follows from its *rank*, its place among the row's valid tokens:
+A ring holds one layer's keys (or values) ``[B, HK, slots, D]`` of the tokens that may still be
+read. A token's slot follows from its *rank*, its place among the row's valid tokens:
 
-==================  ==========================================================================
-``0 … sink - 1``     rank 0 … sink - 1, for good
-``… + turn``         the latest ``turn`` ranks: rank r in slot ``sink + (r - sink) % turn``
-the last slot        what must not be kept: tokens that are not valid, overwritten at once
-==================  ==========================================================================
+==================  ===========================================================================
+``0 … sink - 1``    rank 0 … sink - 1, for good
+``… + turn``        the latest ``turn`` ranks: rank r in slot ``sink + (r - sink) % turn``
+the last slot       what is not to be kept: tokens that are not valid, overwritten at once
+==================  ===========================================================================
 
-``turn`` is ``local`` and some to spare, so that a step of several tokens can write them all before
-its first query reads, and the latest tokens can be taken back. Rows have their own ranks, so left
-padding needs nothing more. Neither order nor gaps matter: positions are in the keys already.
+A *trimmed* ring's ``turn`` is ``local`` and some to spare, so that a step of several tokens can
+write them all before its first query reads, and the latest tokens can be taken back. A *whole* ring
+never comes round. Rows have their own ranks, so left padding needs nothing more. The order in a
+ring does not matter: positions are in the keys already.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RingPattern:
-    """What a ring keeps, in tokens.
+    """What a trimmed ring keeps, in tokens.
 
     Attributes:
         sink: first valid tokens of a row.
@@ -38,12 +39,12 @@ class RingPattern:
 
     @property
     def turn(self) -> int:
-        """Ranks after the sinks that a ring holds."""
+        """Ranks after the sinks that the ring holds."""
         return self.local + self.spare
 
     @property
     def kept(self) -> int:
-        """Tokens that a ring holds at most."""
+        """Tokens that the ring holds at most."""
         return self.sink + self.turn
 
     @property
@@ -55,39 +56,43 @@ class RingPattern:
         return queries <= self.spare + 1
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The tokens of one step: ``past`` int64 ``[B]``, valid tokens before it; ``rank`` int64
-    ``[B, Sq]``, that of each token or, if it is not valid, of the one before it; ``fresh`` bool
-    ``[B, Sq]``, whether it is valid.
-    """
-
-    past: Tensor
-    rank: Tensor
-    fresh: Tensor
-
-
 def count_tokens(
-    counts: Tensor, key_valid: Tensor | None, length: int, queries: int
+    counts: Tensor,
+    seen: Tensor | None,
+    key_valid: Tensor | None,
+    length: int,
+    queries: int,
+    limited: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ranks of the latest ``queries`` of ``length`` tokens.
+    """Ranks of a step's tokens.
 
     Args:
         counts: int64 ``[B]``, the valid tokens that the ring was given; negative: not known.
+        seen: int64 ``[]``, all tokens before; None for ``length - queries``.
         key_valid: bool ``[B, length]`` by this call's mask; None: every token.
+        length: tokens that the mask has.
+        queries: Sq, the step's tokens.
+        limited: there is no room for more than ``length`` tokens.
 
     Returns:
-        ``past``, ``rank`` and ``fresh`` as in :class:`Ranks`, and bool ``[B]``: the mask counts as
-        many past tokens as the ring does.
+        ``past`` int64 ``[B]``, valid tokens before the step; ``rank`` int64 ``[B, Sq]``, that of
+        each token or, if it is not valid, of the one before it; ``fresh`` bool ``[B, Sq]``, whether
+        it is valid; and bool ``[B]``, whether ring and mask agree and there is room.
     """
-    before = length - queries
+    device = counts.device
+    before = torch.full((), length - queries, device=device) if seen is None else seen
+    index = before + torch.arange(queries, device=device)
     if key_valid is None:
-        told = torch.full_like(counts, before)
-        fresh = torch.ones((counts.shape[0], queries), dtype=torch.bool, device=counts.device)
+        told = before.expand_as(counts)
+        fresh = torch.ones((counts.shape[0], queries), dtype=torch.bool, device=device)
     else:
-        told, fresh = key_valid[:, :before].sum(-1), key_valid[:, before:]
+        told = (key_valid & (torch.arange(length, device=device) < before)).sum(-1)
+        fresh = key_valid.gather(1, index.clamp(max=length - 1).expand(counts.shape[0], -1))
     past = torch.where(counts < 0, told, counts)
-    return past, past[:, None] + fresh.cumsum(-1) - 1, fresh, past == told
+    same = past == told
+    if limited:
+        same = same & (index[-1] < length)
+    return past, past[:, None] + fresh.cumsum(-1) - 1, fresh, same
 
 
 def slots_of(rank: Tensor, sink: int, turn: int) -> Tensor:
@@ -113,6 +118,17 @@ def count_written_(counts: Tensor, rank: Tensor) -> None:
     counts.copy_(rank[:, -1] + 1)
 
 
+def count_seen_(seen: Tensor, queries: int) -> None:
+    """``seen`` ``[]`` after a step of ``queries`` tokens."""
+    seen.add_(queries)
+
+
+def dense_bounds(rank: Tensor) -> Tensor:
+    """All that each query sees of a whole ring: int32 ``[B, Sq, 4]`` as :func:`ring_bounds`."""
+    zero = torch.zeros_like(rank)
+    return torch.stack((zero, zero, zero, rank + 1), dim=-1).to(torch.int32)
+
+
 def ring_bounds(rank: Tensor, sink: int, local: int, turn: int) -> Tensor:
     """What each query sees of the ring that holds its own token and no more than ``turn - local``
     later ones, for ``flux::decode_attention``: int32 ``[B, Sq, 4]``.
@@ -123,12 +139,12 @@ def ring_bounds(rank: Tensor, sink: int, local: int, turn: int) -> Tensor:
     seen = rank + 1
     oldest = (seen - local).clamp(min=sink)
     start, stop = slots_of(oldest, sink, turn), slots_of(rank, sink, turn) + 1
-    zero = torch.zeros_like(seen)
     sinks_only, wraps = seen <= sink, start >= stop
     sink_end = torch.where(sinks_only, seen, torch.where(wraps, stop, sink))
     local_start = torch.where(sinks_only, seen, start)
     end = torch.where(sinks_only, seen, torch.where(wraps, sink + turn, stop))
-    return torch.stack((zero, sink_end, local_start, end), dim=-1).to(torch.int32)
+    bounds = torch.zeros_like(seen), sink_end, local_start, end
+    return torch.stack(bounds, dim=-1).to(torch.int32)
 
 
 def slots_by_age(past: Tensor, sink: int, turn: int) -> tuple[Tensor, Tensor]:
@@ -154,29 +170,25 @@ def pick(keys: Tensor, index: Tensor) -> Tensor:
     return keys.gather(2, index[:, None, :, None].expand(batch, heads, -1, head_dim))
 
 
-def index_of_slots(
-    valid: Tensor | None, batch: int, length: int, pattern: RingPattern, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Which of ``length`` tokens in their order go where in a new ring.
+def tokens_of_slots(
+    valid: Tensor | None, counts: Tensor, length: int, slots: int, sink: int
+) -> Tensor:
+    """Which of ``length`` tokens, in their order, go where in a new ring.
 
     Args:
         valid: bool ``[B, length]``; None: every token.
+        counts: int64 ``[B]``, how many of them are valid.
+        slots: of the ring.
 
     Returns:
-        int64 ``[B, slots]``, a token index for each slot (any, where nothing belongs), and
-        ``counts`` int64 ``[B]``.
+        int64 ``[B, slots]``, a token's index for each slot; any, where none belongs.
     """
-    sink, turn = pattern.sink, pattern.turn
-    if valid is None:
-        counts = torch.full((batch,), length, device=device)
-    else:
-        counts = valid.sum(-1)
     last = counts[:, None] - 1
-    slot = torch.arange(pattern.slots, device=device)
-    rank = torch.where(slot < sink, slot, last - (last - slot) % turn)
+    slot = torch.arange(slots, device=counts.device)
+    rank = torch.where(slot < sink, slot, last - (last - slot) % (slots - 1 - sink))
     rank = rank.clamp(min=0).minimum(last.clamp(min=0))
     if valid is None:
-        return rank, counts
+        return rank
     seen = valid.to(torch.int32).cumsum(-1)
     index = torch.searchsorted(seen, (rank + 1).to(torch.int32))
-    return index.clamp(max=length - 1), counts
+    return index.clamp(max=length - 1)

@@ -1,9 +1,9 @@
 """How a graph names a cache that forgets, and the check that its tokens are the mask's.
 
-A traced model gives every layer a mask over all tokens so far, which a trimmed layer's ring does
-not fit. So the layer hands out ``flux::trimmed_cache``: keys of the mask's length that are never
-made. The rewrite puts attention over the ring in their place; whoever has no rewrite runs into an
-error, not into a wrong answer.
+A traced model gives every layer a mask over all tokens so far, which a ring does not fit. So the
+layer hands out ``flux::ring_cache``: keys of the mask's length that are never made. The rewrite
+puts attention over the ring in their place; whoever has no rewrite runs into an error, not into a
+wrong answer.
 """
 
 import torch
@@ -14,39 +14,68 @@ from fluxcompile.kernels.registry import register
 from fluxcompile.kernels.validation import check_tensor
 
 UNREADABLE = (
-    "this layer's cache has been trimmed to sink and local tokens, which only the decode of a "
-    'model compiled with backend "flux" and the same routes can read: for anything else start with '
-    "a new cache"
+    'this layer\'s cache has been laid out for a model compiled with backend "flux", which alone '
+    "can read it: expected such a model (not past Dynamo's recompile limit, from where on it runs "
+    "eagerly) or a new cache"
 )
 DISAGREE = (
-    "attention_mask: expected as many valid past tokens as the trimmed cache was given, got "
-    "another number; pass the mask of the whole sequence, as with the earlier calls"
+    "the tokens of the cache are not those of this call: expected attention_mask to be that of the "
+    "whole sequence, with as many valid past tokens as earlier calls had, and the tokens to fit "
+    "into FluxCache(max_length=...); got something else"
 )
 
 
-def growing_cache(new: Tensor, sink: int, local: int, spare: int) -> Tensor:
-    """Mark a layer whose cache, now with ``new`` ``[B, HK, Sq, D]``, may be trimmed after the call.
+def growing_cache(
+    new: Tensor,
+    sink: int,
+    local: int,
+    spare: int,
+    max_length: int,
+    keys: Tensor | None,
+    values: Tensor | None,
+    counts: Tensor | None,
+    seen: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Mark a layer whose cache, now with ``new`` ``[B, HK, Sq, D]``, may become a ring after the
+    call.
+
+    Args:
+        max_length: tokens to make room for, 0 for a cache that grows.
+        keys, values, counts, seen: of an earlier prompt, to use again.
 
     Returns:
-        int64 ``[0]``: what stands for the counts of a layer that has not been trimmed.
+        What stands for the counts of a layer that is no ring: int64 ``[0]`` and ``[]``.
     """
-    return torch.ops.flux.growing_cache(new, sink, local, spare)
+    pattern, old = (sink, local, spare, max_length), (keys, values, counts, seen)
+    return torch.ops.flux.growing_cache(new, *pattern, *old)
 
 
-def trimmed_cache(
-    new: Tensor, ring: Tensor, counts: Tensor, length: int, sink: int, local: int, spare: int
+def ring_cache(
+    new: Tensor,
+    ring: Tensor,
+    counts: Tensor,
+    seen: Tensor | None,
+    length: int,
+    sink: int,
+    local: int,
+    spare: int,
+    max_length: int,
 ) -> Tensor:
     """The keys (or values) of all ``length`` tokens, the last of them ``new``; never made.
 
     Args:
         new: ``[B, HK, Sq, D]``.
-        ring: ``[B, HK, sink + local + spare + 1, D]``: see :mod:`fluxcompile.kernels.ring.layout`.
-        counts: int64 ``[B]``, valid tokens before ``new``.
+        ring: ``[B, HK, slots, D]``: see :mod:`fluxcompile.kernels.ring.layout`.
+        counts: int64 ``[B]``, valid tokens before ``new``; negative: not known.
+        seen: int64 ``[]``, all tokens before ``new``, where ``length`` is ``max_length``.
+        max_length: tokens that there is room for; 0 for a cache that grows, with all its tokens
+            but ``new`` in the ring.
 
     Raises:
         KernelError: always, when run.
     """
-    return torch.ops.flux.trimmed_cache(new, ring, counts, length, sink, local, spare)
+    pattern = sink, local, spare, max_length
+    return torch.ops.flux.ring_cache(new, ring, counts, seen, length, *pattern)
 
 
 def agree(output: Tensor, same: Tensor) -> Tensor:
@@ -55,29 +84,31 @@ def agree(output: Tensor, same: Tensor) -> Tensor:
     return torch.ops.flux.agree(output, same)
 
 
-def _no_counts(new, sink, local, spare):
-    return torch.empty(0, dtype=torch.int64, device=new.device)
+def _no_counts(new, *_):
+    options = {"dtype": torch.int64, "device": new.device}
+    return torch.empty(0, **options), torch.empty((), **options)
 
 
-def _never(*operands):
+def _never(*_):
     raise KernelError(UNREADABLE)
 
 
-def _all_tokens(new, ring, counts, length, sink, local, spare):
+def _all_tokens(new, ring, counts, seen, length, *_):
     batch, heads, _, head_dim = new.shape
     return new.new_empty((batch, heads, length, head_dim))
 
 
-def _check_growing(new, sink, local, spare):
+def _check_growing(new, *_):
     check_tensor("new", new, new.dtype, ("B", "HK", "Sq", "D"))
 
 
-def _check_trimmed(new, ring, counts, length, sink, local, spare):
+def _check_ring(new, ring, counts, seen, length, *_):
     check_tensor("new", new, new.dtype, ("B", "HK", "Sq", "D"))
     batch, heads, _, head_dim = new.shape
-    shape = (batch, heads, sink + local + spare + 1, head_dim)
-    check_tensor("ring", ring, new.dtype, shape, device=new.device)
+    check_tensor("ring", ring, new.dtype, (batch, heads, "slots", head_dim), device=new.device)
     check_tensor("counts", counts, torch.int64, (batch,), device=new.device)
+    if seen is not None:
+        check_tensor("seen", seen, torch.int64, (), device=new.device)
 
 
 def _raise_or_keep(output, same):
@@ -91,22 +122,28 @@ def _poison(output, same):
     return torch.where(rows, output, float("nan")).contiguous()
 
 
+def _same_shape(output, same):
+    return torch.empty(output.shape, dtype=output.dtype, device=output.device)
+
+
 def _check_agree(output, same):
     check_tensor("same", same, torch.bool, (output.shape[0],), device=output.device)
 
 
+_PATTERN = "int sink, int local, int spare, int max_length"
+
 register(
-    "growing_cache", "(Tensor new, int sink, int local, int spare) -> Tensor",
+    "growing_cache",
+    f"(Tensor new, {_PATTERN}, Tensor? old_keys, Tensor? old_values, Tensor? old_counts,"
+    " Tensor? old_seen) -> (Tensor counts, Tensor seen)",
     check=_check_growing, cpu=_no_counts, cuda=_no_counts, fake=_no_counts,
 )  # fmt: skip
 register(
-    "trimmed_cache",
-    "(Tensor new, Tensor ring, Tensor counts, SymInt length, int sink, int local, int spare)"
-    " -> Tensor",
-    check=_check_trimmed, cpu=_never, cuda=_never, fake=_all_tokens,
+    "ring_cache",
+    f"(Tensor new, Tensor ring, Tensor counts, Tensor? seen, SymInt length, {_PATTERN}) -> Tensor",
+    check=_check_ring, cpu=_never, cuda=_never, fake=_all_tokens,
 )  # fmt: skip
 register(
     "agree", "(Tensor output, Tensor same) -> Tensor",
-    check=_check_agree, cpu=_raise_or_keep, cuda=_poison, fake=lambda output, same:
-    torch.empty(output.shape, dtype=output.dtype, device=output.device),
+    check=_check_agree, cpu=_raise_or_keep, cuda=_poison, fake=_same_shape,
 )  # fmt: skip
