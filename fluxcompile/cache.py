@@ -86,7 +86,7 @@ class FluxCache(Cache):
             _check("max_length", max_length, sink + 1)
         self.max_length = max_length or 0
         self._most = 0  # tokens there ever were, as far as crop() has seen
-        self.pattern = RingPattern(sink, local, spare)
+        self.pattern = RingPattern(sink, local, spare, self.max_length)
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[self._own(layer) for layer in layers])
 
@@ -94,7 +94,7 @@ class FluxCache(Cache):
         """Ours for a layer that keeps every token; others stay as transformers makes them."""
         if type(layer) is not DynamicLayer:
             return layer
-        return FluxLayer(self.pattern, self.max_length)
+        return FluxLayer(self.pattern)
 
     @property
     def _ours(self) -> list[FluxLayer]:
@@ -119,7 +119,7 @@ class FluxCache(Cache):
             if not isinstance(layer, FluxLayer):
                 untrimmed.append(now[-1])
                 continue
-            tokens = layer.max_length if layer.is_ring and layer.max_length else layer.length
+            tokens = layer.max_length if layer.is_ring and layer.is_fixed else layer.length
             untrimmed.append(bytes_of(tokens, *kv))
             if layer.is_trimmed:
                 trimmed.append(index)

@@ -29,22 +29,19 @@ class FluxLayer(DynamicLayer):
             otherwise ``[0]`` or None.
         seen: int64 ``[]``, all tokens in a ring of fixed size.
         length: all tokens otherwise.
-        max_length: tokens that there is room for, 0 for a layer that grows.
+        code: of the pattern of its rings.
+        is_fixed: rings have a fixed size, with room for ``max_length`` tokens.
     """
 
-    def __init__(self, pattern: RingPattern, max_length: int = 0) -> None:
+    def __init__(self, pattern: RingPattern) -> None:
         super().__init__()
-        self.sink, self.local, self.spare = pattern.sink, pattern.local, pattern.spare
-        self.max_length = max_length
+        self.code = pattern.code
+        self.is_fixed, self.max_length = pattern.room > 0, pattern.room
         self.counts: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.length = 0
         #: keys, values, counts and seen of the last prompt, for the next to use their memory
         self.old: tuple[torch.Tensor | None, ...] = (None,) * 4
-
-    @property
-    def pattern(self) -> RingPattern:
-        return RingPattern(self.sink, self.local, self.spare)
 
     @property
     def is_ring(self) -> bool:
@@ -66,34 +63,35 @@ class FluxLayer(DynamicLayer):
         Raises:
             KernelError: the layer is a ring and this is not a model compiled with ``flux``.
         """
-        pattern = self.sink, self.local, self.spare, self.max_length
         if self.is_ring:
-            tokens = self.max_length or self.length + key_states.shape[-2]
-            counts = self.counts, self.seen if self.max_length else None
+            added = key_states.shape[-2]
+            tokens = self.max_length if self.is_fixed else self.length + added
+            what = self.counts, self.seen if self.is_fixed else None, tokens, self.code
             name = torch.ops.flux.ring_cache.default
-            keys = name(key_states, self.keys, *counts, tokens, *pattern)
-            values = name(value_states, self.values, *counts, tokens, *pattern)
-            self.length = tokens
+            keys = name(key_states, self.keys, *what)
+            values = name(value_states, self.values, *what)
+            if not self.is_fixed:
+                self.length = tokens
             return keys, values
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_compiling():
             mark = torch.ops.flux.growing_cache.default
-            self.counts, seen = mark(key_states, *pattern, *self.old)
-            if self.max_length:
+            self.counts, seen = mark(key_states, self.code, *self.old)
+            if self.is_fixed:
                 self.seen, self.old = seen, (None,) * 4
         self.length = keys.shape[-2]
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.is_ring:
-            return self.max_length or self.length + query_length, 0
+            return (self.max_length if self.is_fixed else self.length + query_length), 0
         return super().get_mask_sizes(query_length)
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Tokens so far; of a ring of fixed size a tensor int64 ``[]``."""
         if not self.is_ring:
             return super().get_seq_length()
-        return self.seen if self.max_length else self.length
+        return self.seen if self.is_fixed else self.length
 
     def get_max_length(self) -> int:
         return self.max_length or -1
@@ -122,7 +120,7 @@ class FluxLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything; what has a fixed size is used again by the next prompt, if it fits."""
         old = (None,) * 4
-        if self.is_ring and self.max_length:
+        if self.is_ring and self.is_fixed:
             old = self.keys, self.values, self.counts, self.seen
         super().reset()
         self.counts = self.seen = None

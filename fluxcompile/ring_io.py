@@ -42,10 +42,11 @@ def _layer(
     columns: list[AttentionSite],
 ) -> GrowingLayer | None:
     outputs = list(_output(gm).args[0])
-    _, sink, local, spare, max_length, *old = site.marker.args
+    _, code, *old = site.marker.args
+    pattern = RingPattern.of_code(code)
     counts, seen = _part(site.marker, 0), _part(site.marker, 1)
-    leaving = (site.k, site.v, counts) + ((seen,) if max_length else ())
-    if not (site.may_trim or max_length) or any(node not in outputs for node in leaving):
+    leaving = (site.k, site.v, counts) + ((seen,) if pattern.room else ())
+    if not (site.may_trim or pattern.room) or any(node not in outputs for node in leaving):
         return None
     column = next((i for i, routed in enumerate(columns) if routed is site), None)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -53,12 +54,11 @@ def _layer(
         key=outputs.index(site.k),
         value=outputs.index(site.v),
         counts=outputs.index(counts),
-        seen=outputs.index(seen) if max_length else None,
+        seen=outputs.index(seen) if pattern.room else None,
         valid=None if site.key_valid is None else valids.index(site.key_valid),
         column=column,
         may_trim=site.may_trim,
-        pattern=RingPattern(sink, local, spare),
-        max_length=max_length,
+        pattern=pattern,
         old=tuple(inputs.index(node) if node in inputs else None for node in old),
     )
 

@@ -29,8 +29,7 @@ class GrowingLayer:
         valid: position among its key validities, or None for all valid.
         column: the layer's route; None where it is the same whatever the prompt is.
         may_trim: the layer may be trimmed if its rows are sparse; they are without a ``column``.
-        pattern: of its trimmed ring.
-        max_length: tokens to make room for, trimmed or not; 0 for a cache that grows.
+        pattern: of its rings.
         old: positions among the inputs of keys, values, counts and seen to use again, or None.
     """
 
@@ -42,12 +41,12 @@ class GrowingLayer:
     column: int | None
     may_trim: bool
     pattern: RingPattern
-    max_length: int
     old: tuple[int | None, ...]
 
     def could_trim(self, outputs: Sequence[Any]) -> bool:
         """Whether a trimmed ring would be smaller than what would be kept instead."""
-        slots = self.max_length + 1 if self.max_length else outputs[self.key].shape[2]
+        room, length = self.pattern.room, outputs[self.key].shape[2]
+        slots = self.pattern.whole_slots if room else length
         return self.may_trim and slots > self.pattern.slots
 
     def needs_route(self, outputs: Sequence[Any]) -> bool:
@@ -77,24 +76,25 @@ def make_rings(
     # Plain tensors, whatever mode the caller is in: later steps write them in place.
     with torch.inference_mode(False), torch.no_grad():
         for layer in layers:
-            if layer not in trimmed and not layer.max_length:
+            if layer not in trimmed and not layer.pattern.room:
                 continue
             old = [None if position is None else inputs[position] for position in layer.old]
             batch, _, length, _ = outputs[layer.key].shape
-            _check_room(length, layer.max_length)
+            _check_room(length, layer.pattern.room)
             device = outputs[layer.key].device
             valid = None if layer.valid is None else valids[layer.valid]
             if layer.valid not in counts:
                 full = torch.full((batch,), length, device=device)
                 counts[layer.valid] = fixed(full if valid is None else valid.sum(-1), old[2])
-            slots = layer.pattern.slots if layer in trimmed else layer.max_length + 1
-            made = layer.valid, slots, layer.pattern.sink
+            pattern = layer.pattern
+            slots = pattern.slots if layer in trimmed else pattern.whole_slots
+            made = layer.valid, slots, pattern.sink
             if made not in tokens:
                 tokens[made] = tokens_of_slots(valid, counts[layer.valid], length, *made[1:])
             outputs[layer.key] = fixed(pick(outputs[layer.key], tokens[made]), old[0])
             outputs[layer.value] = fixed(pick(outputs[layer.value], tokens[made]), old[1])
             outputs[layer.counts] = counts[layer.valid]
-            if layer.max_length:
+            if layer.pattern.room:
                 if seen is None:
                     seen = fixed(torch.tensor(length, device=device), old[3])
                 outputs[layer.seen] = seen

@@ -56,13 +56,13 @@ def _rings(site: AttentionSite) -> RingKV | None:
     named = torch.ops.flux.ring_cache.default
     if not (key.target is value.target is named and key.args[2:] == value.args[2:]):
         return None
-    new_keys, keys, counts, seen, _, *pattern, max_length = key.args
+    new_keys, keys, counts, seen, _, code = key.args
     new_values, values = value.args[:2]
     held = (keys, values, counts) if seen is None else (keys, values, counts, seen)
     if any(node.op != "placeholder" for node in held):
         return None
-    pattern = RingPattern(*pattern)
-    return RingKV(keys, values, new_keys, new_values, counts, seen, pattern, max_length)
+    pattern = RingPattern.of_code(code)
+    return RingKV(keys, values, new_keys, new_values, counts, seen, pattern)
 
 
 def _marker(new_keys: fx.Node) -> fx.Node | None:

@@ -22,6 +22,7 @@ from torch import fx
 
 from fluxcompile.errors import RewriteError
 from fluxcompile.kernels.ring import layout
+from fluxcompile.kernels.ring.layout import RingPattern
 from fluxcompile.kernels.validation import MAX_DECODE_QUERIES
 from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import as_expr, value_of
@@ -42,8 +43,8 @@ def may_trim(site: AttentionSite, policy: Policy, plan: RoutingPlan) -> bool:
     """
     if policy is Policy.FULL or plan.config.decode != "sparse" or site.window:
         return False
-    sink, local = site.marker.args[1:3]
-    return (sink, local) == (plan.config.sink, plan.config.local)
+    pattern = RingPattern.of_code(site.marker.args[1])
+    return (pattern.sink, pattern.local) == (plan.config.sink, plan.config.local)
 
 
 class RingReader:
@@ -93,7 +94,7 @@ class RingReader:
         key = "step", ring.counts, valid, as_expr(site.q_shape[2])
         if key not in self._made:
             length = size(as_expr(site.k_shape[2]))
-            args = ring.counts, ring.seen, valid, length, queries, ring.max_length > 0
+            args = ring.counts, ring.seen, valid, length, queries, ring.pattern.room > 0
             made = self._emitter.call(layout.count_tokens, args)
             self._made[key] = tuple(self._emitter.item(made, i) for i in range(4))
         return self._made[key]

@@ -105,7 +105,6 @@ class RingKV:
         new_keys, new_values: ``[B, HK, Sq, D]``.
         counts: int64 ``[B]``, valid tokens before this call; negative: not known.
         seen: int64 ``[]``, all tokens before this call; None where that is ``Skv - Sq``.
-        max_length: tokens that there is room for, 0 for any number.
     """
 
     keys: fx.Node
@@ -115,13 +114,12 @@ class RingKV:
     counts: fx.Node
     seen: fx.Node | None
     pattern: RingPattern
-    max_length: int
 
     @property
     def is_whole(self) -> bool:
         """True where every token is kept, False where only sink and local are. May add a guard."""
         slots = self.keys.meta["example_value"].shape[2]
-        return self.max_length > 0 and bool(slots == self.max_length + 1)
+        return self.pattern.room > 0 and bool(slots == self.pattern.whole_slots)
 
     @property
     def slots(self) -> sympy.Expr:

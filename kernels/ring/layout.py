@@ -25,31 +25,48 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RingPattern:
-    """What a trimmed ring keeps, in tokens.
+    """What rings keep, in tokens.
 
     Attributes:
         sink: first valid tokens of a row.
         local: latest valid tokens that a query sees, itself included.
         spare: tokens kept beyond ``local``.
+        room: tokens that a whole ring holds; 0 where layers that keep every token grow instead.
     """
 
     sink: int
     local: int
     spare: int
+    room: int = 0
+
+    @property
+    def code(self) -> str:
+        """The pattern as text, which unlike numbers is the same to Dynamo whatever is dynamic."""
+        return f"{self.sink} {self.local} {self.spare} {self.room}"
+
+    @classmethod
+    def of_code(cls, code: str) -> RingPattern:
+        return cls(*map(int, code.split()))
 
     @property
     def turn(self) -> int:
-        """Ranks after the sinks that the ring holds."""
+        """Ranks after the sinks that a trimmed ring holds."""
         return self.local + self.spare
 
     @property
     def kept(self) -> int:
-        """Tokens that the ring holds at most."""
+        """Tokens that a trimmed ring holds at most."""
         return self.sink + self.turn
 
     @property
     def slots(self) -> int:
+        """Of a trimmed ring."""
         return self.kept + 1
+
+    @property
+    def whole_slots(self) -> int:
+        """Of a whole ring."""
+        return self.room + 1
 
     def holds(self, queries: int) -> bool:
         """Whether a step may write ``queries`` tokens a row before the first of them reads."""
@@ -79,20 +96,32 @@ def count_tokens(
         each token or, if it is not valid, of the one before it; ``fresh`` bool ``[B, Sq]``, whether
         it is valid; and bool ``[B]``, whether ring and mask agree and there is room.
     """
-    device = counts.device
-    before = torch.full((), length - queries, device=device) if seen is None else seen
-    index = before + torch.arange(queries, device=device)
+    batch, before = counts.shape[0], length - queries
     if key_valid is None:
-        told = before.expand_as(counts)
-        fresh = torch.ones((counts.shape[0], queries), dtype=torch.bool, device=device)
+        told = torch.full_like(counts, before) if seen is None else seen.expand(batch)
+        fresh = torch.ones((batch, queries), dtype=torch.bool, device=counts.device)
+    elif seen is None:
+        told, fresh = key_valid[:, :before].sum(-1), key_valid[:, before:]
     else:
-        told = (key_valid & (torch.arange(length, device=device) < before)).sum(-1)
-        fresh = key_valid.gather(1, index.clamp(max=length - 1).expand(counts.shape[0], -1))
+        told, fresh = _read_at(key_valid, seen, queries)
     past = torch.where(counts < 0, told, counts)
     same = past == told
     if limited:
-        same = same & (index[-1] < length)
+        same = same & (seen + queries <= length)
     return past, past[:, None] + fresh.cumsum(-1) - 1, fresh, same
+
+
+def _read_at(key_valid: Tensor, seen: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Valid tokens before place ``seen``, int64 ``[B]``, and whether those from there on are.
+
+    By their running total: Inductor for CPUs cannot gather from a bool mask that was padded.
+    """
+    batch, length = key_valid.shape
+    total = key_valid.cumsum(-1)
+    place = seen - 1 + torch.arange(queries + 1, device=seen.device)
+    through = total.gather(1, place.clamp(0, length - 1).expand(batch, -1))
+    through = torch.where(place < 0, 0, through)
+    return through[:, 0], through[:, 1:] > through[:, :-1]
 
 
 def slots_of(rank: Tensor, sink: int, turn: int) -> Tensor:

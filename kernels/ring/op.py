@@ -27,10 +27,7 @@ DISAGREE = (
 
 def growing_cache(
     new: Tensor,
-    sink: int,
-    local: int,
-    spare: int,
-    max_length: int,
+    pattern: str,
     keys: Tensor | None,
     values: Tensor | None,
     counts: Tensor | None,
@@ -40,14 +37,13 @@ def growing_cache(
     call.
 
     Args:
-        max_length: tokens to make room for, 0 for a cache that grows.
+        pattern: the code of a :class:`~fluxcompile.kernels.ring.layout.RingPattern`.
         keys, values, counts, seen: of an earlier prompt, to use again.
 
     Returns:
         What stands for the counts of a layer that is no ring: int64 ``[0]`` and ``[]``.
     """
-    pattern, old = (sink, local, spare, max_length), (keys, values, counts, seen)
-    return torch.ops.flux.growing_cache(new, *pattern, *old)
+    return torch.ops.flux.growing_cache(new, pattern, keys, values, counts, seen)
 
 
 def ring_cache(
@@ -56,10 +52,7 @@ def ring_cache(
     counts: Tensor,
     seen: Tensor | None,
     length: int,
-    sink: int,
-    local: int,
-    spare: int,
-    max_length: int,
+    pattern: str,
 ) -> Tensor:
     """The keys (or values) of all ``length`` tokens, the last of them ``new``; never made.
 
@@ -67,15 +60,14 @@ def ring_cache(
         new: ``[B, HK, Sq, D]``.
         ring: ``[B, HK, slots, D]``: see :mod:`fluxcompile.kernels.ring.layout`.
         counts: int64 ``[B]``, valid tokens before ``new``; negative: not known.
-        seen: int64 ``[]``, all tokens before ``new``, where ``length`` is ``max_length``.
-        max_length: tokens that there is room for; 0 for a cache that grows, with all its tokens
-            but ``new`` in the ring.
+        seen: int64 ``[]``, all tokens before ``new``, where ``length`` is the pattern's ``room``;
+            None where it is theirs and that of ``new``.
+        pattern: as for :func:`growing_cache`.
 
     Raises:
         KernelError: always, when run.
     """
-    pattern = sink, local, spare, max_length
-    return torch.ops.flux.ring_cache(new, ring, counts, seen, length, *pattern)
+    return torch.ops.flux.ring_cache(new, ring, counts, seen, length, pattern)
 
 
 def agree(output: Tensor, same: Tensor) -> Tensor:
@@ -130,17 +122,15 @@ def _check_agree(output, same):
     check_tensor("same", same, torch.bool, (output.shape[0],), device=output.device)
 
 
-_PATTERN = "int sink, int local, int spare, int max_length"
-
 register(
     "growing_cache",
-    f"(Tensor new, {_PATTERN}, Tensor? old_keys, Tensor? old_values, Tensor? old_counts,"
-    " Tensor? old_seen) -> (Tensor counts, Tensor seen)",
+    "(Tensor new, str pattern, Tensor? old_keys, Tensor? old_values, Tensor? old_counts, "
+    "Tensor? old_seen) -> (Tensor counts, Tensor seen)",
     check=_check_growing, cpu=_no_counts, cuda=_no_counts, fake=_no_counts,
 )  # fmt: skip
 register(
     "ring_cache",
-    f"(Tensor new, Tensor ring, Tensor counts, Tensor? seen, SymInt length, {_PATTERN}) -> Tensor",
+    "(Tensor new, Tensor ring, Tensor counts, Tensor? seen, SymInt length, str pattern) -> Tensor",
     check=_check_ring, cpu=_never, cuda=_never, fake=_all_tokens,
 )  # fmt: skip
 register(
