@@ -122,8 +122,8 @@ class FluxLayer(DynamicLayer):
         old = (None,) * 4
         if self.is_ring and self.is_fixed:
             old = self.keys, self.values, self.counts, self.seen
-        super().reset()
-        self.counts = self.seen = None
+        self.keys = self.values = self.counts = self.seen = None
+        self.is_initialized = False
         self.length, self.old = 0, old
 
     def __getstate__(self) -> dict[str, Any]:
