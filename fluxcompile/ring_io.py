@@ -35,6 +35,12 @@ def ring_io(
     return layers
 
 
+def trimmed_layers(sites: list[AttentionSite]) -> frozenset[int]:
+    """The layers whose cache has been trimmed."""
+    rings = [site for site in sites if site.ring is not None and site.layer is not None]
+    return frozenset(site.layer for site in rings if not site.ring.is_whole)
+
+
 def _layer(
     gm: fx.GraphModule,
     site: AttentionSite,
@@ -56,6 +62,7 @@ def _layer(
         counts=outputs.index(counts),
         seen=outputs.index(seen) if pattern.room else None,
         valid=None if site.key_valid is None else valids.index(site.key_valid),
+        layer=site.layer,
         column=column,
         may_trim=site.may_trim,
         pattern=pattern,

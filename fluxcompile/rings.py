@@ -27,7 +27,8 @@ class GrowingLayer:
     Attributes:
         key, value, counts, seen: positions among the graph's own outputs.
         valid: position among its key validities, or None for all valid.
-        column: the layer's route; None where it is the same whatever the prompt is.
+        layer: its number among the router's layers.
+        column: its route; None where that is the same whatever the prompt is.
         may_trim: the layer may be trimmed if its rows are sparse; they are without a ``column``.
         pattern: of its rings.
         old: positions among the inputs of keys, values, counts and seen to use again, or None.
@@ -38,6 +39,7 @@ class GrowingLayer:
     counts: int
     seen: int | None
     valid: int | None
+    layer: int | None
     column: int | None
     may_trim: bool
     pattern: RingPattern
@@ -96,7 +98,7 @@ def make_rings(
             outputs[layer.counts] = counts[layer.valid]
             if layer.pattern.room:
                 if seen is None:
-                    seen = fixed(torch.tensor(length, device=device), old[3])
+                    seen = fixed(torch.full((), length, device=device), old[3])
                 outputs[layer.seen] = seen
     return bool(counts)
 
@@ -122,12 +124,13 @@ _layouts = WeakIdKeyDictionary()  # a model's parameter -> sets of trimmed layer
 
 
 def known_layout(model_key: torch.Tensor | None, wanted: frozenset[int]) -> frozenset[int]:
-    """``wanted``, or what of it comes closest and has been compiled, if there are enough layouts.
+    """``wanted`` or, once there are enough layouts, what comes closest of those within it.
 
     Every set of trimmed layers has compiled code of its own. A layer that might be trimmed and is
-    not costs memory, nothing else.
+    not costs memory, nothing else. Asked again about layers trimmed so far and those left out, the
+    answer is the same.
     """
-    if model_key is None or not wanted:
+    if model_key is None:
         return wanted
     known = _layouts.setdefault(model_key, [])
     if wanted in known:

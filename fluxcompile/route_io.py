@@ -14,7 +14,7 @@ from fluxcompile.passes.pipeline import Rewrite
 from fluxcompile.passes.plan import Policy, RoutingPlan
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.planning import Planner
-from fluxcompile.ring_io import ring_io
+from fluxcompile.ring_io import ring_io, trimmed_layers
 from fluxcompile.runtime import RouteIO
 
 
@@ -48,6 +48,7 @@ def route_io(
         strict=plan.strict,
         growing=growing,
         valids=valids,
+        trimmed=trimmed_layers(result.sites),
     )
 
 

@@ -41,6 +41,7 @@ class RouteIO:
         generation: of the attachment that the graph was compiled for, 0 for none.
         strict: raise where a cache's routes are lost.
         growing: layers whose cache may become a ring after the call.
+        trimmed: layers whose cache was trimmed before.
         valids: key validities among the outputs, behind the graph's own and before the routes.
     """
 
@@ -56,6 +57,7 @@ class RouteIO:
     generation: int = 0
     strict: bool = False
     growing: tuple[GrowingLayer, ...] = ()
+    trimmed: frozenset[int] = frozenset()
     valids: int = 0
 
     @property
@@ -161,10 +163,10 @@ class CompiledGraph:
             for layer in io.growing
             if layer.could_trim(outputs) and (layer.column is None or sparse[layer.column])
         }
-        routed = {layer.column for layer in wanted if layer.column is not None}
-        key = None if io.model_key is None else inputs[io.model_key]
-        chosen = known_layout(key, frozenset(routed))
-        wanted = {layer for layer in wanted if layer.column is None or layer.column in chosen}
+        if wanted and io.static is None:
+            key = None if io.model_key is None else inputs[io.model_key]
+            layout = known_layout(key, io.trimmed | {layer.layer for layer in wanted})
+            wanted = {layer for layer in wanted if layer.layer in layout}
         return make_rings(io.growing, inputs, outputs, valids, wanted)
 
     def _record_static(self, inputs: Sequence[Any]) -> None:

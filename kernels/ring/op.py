@@ -126,12 +126,12 @@ register(
     "growing_cache",
     "(Tensor new, str pattern, Tensor? old_keys, Tensor? old_values, Tensor? old_counts, "
     "Tensor? old_seen) -> (Tensor counts, Tensor seen)",
-    check=_check_growing, cpu=_no_counts, cuda=_no_counts, fake=_no_counts,
+    check=_check_growing, cpu=_no_counts, cuda=_no_counts, fake=_no_counts, under_grad=_no_counts,
 )  # fmt: skip
 register(
     "ring_cache",
     "(Tensor new, Tensor ring, Tensor counts, Tensor? seen, SymInt length, str pattern) -> Tensor",
-    check=_check_ring, cpu=_never, cuda=_never, fake=_all_tokens,
+    check=_check_ring, cpu=_never, cuda=_never, fake=_all_tokens, under_grad=_never,
 )  # fmt: skip
 register(
     "agree", "(Tensor output, Tensor same) -> Tensor",

@@ -11,6 +11,7 @@ import fluxcompile
 from tests.parity.caches import KINDS, ROOM, SLOTS, flux_cache, generate_with, untrimmed
 from tests.parity.harness import compiled, forward
 from tests.parity.models import LOCAL, SINK, flux_config, forced_router, prompt, tiny_model
+from tests.parity.test_compile_counts import FailOnRecompile
 
 KV_HEADS, HEAD_DIM, FLOAT = 2, 64, 4
 
@@ -81,6 +82,19 @@ def test_a_growing_cache_stays_in_its_rings():
     assert rings == [kv.data_ptr() for kv in (cache.layers[0].keys, cache.layers[0].values)]
     assert cache.memory().layers[0] == bytes_for(SLOTS)
     assert cache.memory().layers[1] == bytes_for(81)
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+def test_decode_compiles_no_more_after_the_second_token(max_length):
+    model = tiny_model("llama")
+    compiled(model, routes=(0, 1), config=flux_config(), strict=True)
+    streamer = FailOnRecompile(after=3)
+    try:
+        cache = flux_cache(model, max_length)
+        generate_with(model, prompt(1, 63), 12, cache, streamer=streamer)
+    finally:
+        torch.compiler.set_stance("default")
+    assert streamer.tokens == 12
 
 
 def addresses(cache) -> list[int]:
