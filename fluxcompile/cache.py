@@ -34,14 +34,20 @@ class FluxCache(Cache):
         model.generate(**inputs, past_key_values=cache)
         print(cache.memory())
 
-    It keeps everything, and says so by :meth:`memory`, where routes are not known (no router, a
-    model that is not compiled), where they may read more than sink and local (``decode="dense"``),
-    where ``sink`` or ``local`` differ from those of the model's routes, and in layers with a
-    sliding window of their own, whose cache is transformers'. Once trimmed, it can be read by a
-    model compiled for these routes only: others raise an error.
+    It keeps everything, which a warning and :meth:`memory` say, where routes are not known (no
+    router, a model that is not compiled), where they may read more than sink and local
+    (``decode="dense"``), where ``sink`` or ``local`` differ from those of the model's routes, and
+    in layers with a sliding window of their own, whose cache is transformers'.
+
+    Once trimmed, it can be read by a model compiled for these routes only: others raise an error.
+    So does a call whose ``attention_mask`` is not that of the whole sequence; on a GPU, where that
+    would mean to wait, its rows are NaN instead.
 
     A later call with several tokens (the next chat turn) reads sink and local in trimmed layers
     whatever the sparse mode of prompts is.
+
+    Compiled code is made for one set of trimmed layers. A model whose router trims ever other ones
+    gets code for the first few sets; then the closest of these within a prompt's set is used.
 
     Args:
         model_or_config: the model, or its config.

@@ -26,7 +26,7 @@ from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
-from fluxcompile.passes.read_ring import RingReader, may_become_ring, may_trim
+from fluxcompile.passes.read_ring import RingReader, allow_trimming, may_become_ring
 from fluxcompile.passes.site import AttentionSite, CausalMask, Skip, SkipReason
 
 
@@ -67,7 +67,7 @@ def _rewrite(
     if site.ring is not None:
         return replace(site, rings.read(site, policy, plan), emitter)
     if may_become_ring(site):
-        site.may_trim = may_trim(site, policy, plan)
+        allow_trimming(site, policy, plan)
         site.key_valid = masks.key_valid(site)
     else:
         site.marker = None

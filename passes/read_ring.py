@@ -37,14 +37,23 @@ def may_become_ring(site: AttentionSite) -> bool:
     return site.marker is not None and isinstance(site.mask, CausalMask) and not site.forgets
 
 
-def may_trim(site: AttentionSite, policy: Policy, plan: RoutingPlan) -> bool:
-    """Whether the layer's cache, in rows that are sparse, may drop what sparse decode does not
+def allow_trimming(site: AttentionSite, policy: Policy, plan: RoutingPlan) -> None:
+    """Set whether the layer's cache, in rows that are sparse, may drop what sparse decode does not
     read: it asks for the pattern that rows are routed to, and nothing else is read.
     """
-    if policy is Policy.FULL or plan.config.decode != "sparse" or site.window:
-        return False
-    pattern = RingPattern.of_code(site.marker.args[1])
-    return (pattern.sink, pattern.local) == (plan.config.sink, plan.config.local)
+    config, pattern = plan.config, RingPattern.of_code(site.marker.args[1])
+    if policy is Policy.FULL:
+        return
+    if site.window:
+        site.not_trimmed = f"the layer has a window of {site.window} tokens"
+    elif config.decode != "sparse":
+        site.not_trimmed = f'FluxConfig.decode is "{config.decode}"'
+    elif (pattern.sink, pattern.local) != (config.sink, config.local):
+        site.not_trimmed = (
+            f"routes read {config.sink} sink and {config.local} local tokens, not {pattern.sink} "
+            f"and {pattern.local}"
+        )
+    site.may_trim = not site.not_trimmed
 
 
 class RingReader:

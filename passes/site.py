@@ -162,6 +162,8 @@ class AttentionSite:
     marker: fx.Node | None = None
     #: its layer may then be trimmed, in rows that are sparse
     may_trim: bool = False
+    #: set where rows may be sparse and the layer is yet not to be trimmed
+    not_trimmed: str = ""
     #: bool [B, Skv]: the keys' validity for whoever makes the ring, None for all valid
     key_valid: fx.Node | None = None
     #: this call's cache, where it is one of rings

@@ -38,22 +38,28 @@ def test_no_router_keeps_everything_and_says_so(max_length):
 
 @pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize(
-    "options",
+    ("options", "why"),
     [
-        {"routes": "full", "config": flux_config()},
-        {"routes": "sparse", "config": flux_config(decode="dense")},
-        {"routes": "sparse", "config": flux_config(local=12)},
-        {"routes": "sparse", "config": flux_config(sink=5)},
+        ({"routes": "full", "config": flux_config()}, None),
+        ({"routes": "sparse", "config": flux_config(decode="dense")}, 'decode is "dense"'),
+        ({"routes": "sparse", "config": flux_config(local=12)}, "read 4 sink and 12 local"),
+        ({"routes": "sparse", "config": flux_config(sink=5)}, "read 5 sink and 16 local"),
     ],
     ids=["full", "dense decode", "other local", "other sink"],
 )
-def test_nothing_is_dropped_that_may_be_read(options, max_length):
+def test_nothing_is_dropped_that_may_be_read(options, why, max_length):
     model, given = tiny_model("llama"), prompt(2, 63, "left")
     compiled(model, **options, strict=True)
     expected = generate_with(model, given, 9, untrimmed(model))
     cache = flux_cache(model, max_length)
-    assert_same_generation(generate_with(model, given, 9, cache), expected)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", fluxcompile.FluxWarning)
+        got = generate_with(model, given, 9, cache)
+    assert_same_generation(got, expected)
     assert cache.memory().trimmed == ()
+    said = [str(w.message) for w in caught if w.category is fluxcompile.FluxWarning]
+    assert len(said) == (0 if why is None else 1), said
+    assert all("keeps every token" in message and why in message for message in said)
 
 
 def test_gradients_leave_the_cache_alone():
