@@ -7,7 +7,7 @@ them: the full keys and values are never the cache's, and each goes as its ring 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,35 +72,65 @@ def make_rings(
     Raises:
         CacheError: more tokens than there is room for.
     """
-    counts: dict[int | None, torch.Tensor] = {}
-    tokens: dict[tuple, torch.Tensor] = {}
-    seen = None
+    counted: dict[tuple, _Counted] = {}
     # Plain tensors, whatever mode the caller is in: later steps write them in place.
     with torch.inference_mode(False), torch.no_grad():
         for layer in layers:
-            if layer not in trimmed and not layer.pattern.room:
+            pattern = layer.pattern
+            if layer not in trimmed and not pattern.room:
                 continue
             old = [None if position is None else inputs[position] for position in layer.old]
-            batch, _, length, _ = outputs[layer.key].shape
-            _check_room(length, layer.pattern.room)
-            device = outputs[layer.key].device
-            valid = None if layer.valid is None else valids[layer.valid]
-            if layer.valid not in counts:
-                full = torch.full((batch,), length, device=device)
-                counts[layer.valid] = fixed(full if valid is None else valid.sum(-1), old[2])
-            pattern = layer.pattern
-            slots = pattern.slots if layer in trimmed else pattern.whole_slots
-            made = layer.valid, slots, pattern.sink
-            if made not in tokens:
-                tokens[made] = tokens_of_slots(valid, counts[layer.valid], length, *made[1:])
-            outputs[layer.key] = fixed(pick(outputs[layer.key], tokens[made]), old[0])
-            outputs[layer.value] = fixed(pick(outputs[layer.value], tokens[made]), old[1])
-            outputs[layer.counts] = counts[layer.valid]
-            if layer.pattern.room:
-                if seen is None:
-                    seen = fixed(torch.full((), length, device=device), old[3])
-                outputs[layer.seen] = seen
-    return bool(counts)
+            keys = outputs[layer.key]
+            shared = layer.valid, keys.device
+            if shared not in counted:
+                _check_room(keys.shape[2], pattern.room)
+                valid = None if layer.valid is None else valids[layer.valid]
+                counted[shared] = _Counted.of(keys, valid, *old[2:])
+            del keys
+            tokens = counted[shared].tokens_of_slots(
+                pattern.slots if layer in trimmed else pattern.whole_slots, pattern.sink
+            )
+            outputs[layer.key] = fixed(pick(outputs[layer.key], tokens), old[0])
+            outputs[layer.value] = fixed(pick(outputs[layer.value], tokens), old[1])
+            outputs[layer.counts] = counted[shared].counts
+            if layer.seen is not None:
+                outputs[layer.seen] = counted[shared].seen
+    return bool(counted)
+
+
+@dataclass
+class _Counted:
+    """The tokens of a call, and what layers on one device share of their rings."""
+
+    valid: torch.Tensor | None  # bool [B, length]
+    counts: torch.Tensor  # int64 [B]
+    seen: torch.Tensor  # int64 []
+    length: int
+    slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        keys: torch.Tensor,
+        valid: torch.Tensor | None,
+        old_counts: torch.Tensor | None,
+        old_seen: torch.Tensor | None,
+    ) -> _Counted:
+        batch, _, length, _ = keys.shape
+        if valid is None:
+            counts = torch.full((batch,), length, device=keys.device)
+        else:
+            valid = valid.to(keys.device)
+            counts = valid.sum(-1)
+        seen = torch.full((), length, device=keys.device)
+        return cls(valid, fixed(counts, old_counts), fixed(seen, old_seen), length)
+
+    def tokens_of_slots(self, slots: int, sink: int) -> torch.Tensor:
+        if (slots, sink) not in self.slots:
+            self.slots[slots, sink] = tokens_of_slots(
+                self.valid, self.counts, self.length, slots, sink
+            )
+        return self.slots[slots, sink]
 
 
 def fixed(made: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import fluxcompile
 from tests.parity.caches import KINDS, ROOM, SPARE, flux_cache, generate_with, untrimmed
 from tests.parity.harness import all_rows, compiled, definition_of
-from tests.parity.models import LOCAL, SINK, flux_config, prompt, random_router, tiny_model
+from tests.parity.models import LOCAL, SINK, Prompt, flux_config, prompt, random_router, tiny_model
 from tests.parity.reference import routed_logits
 from tests.parity.test_semantics import Conversation, unlike_prompts
 
@@ -151,6 +151,21 @@ def test_drafts_are_verified_on_it(max_length):
     got = generate_with(model, given, LOCAL + 9, cache, prompt_lookup_num_tokens=3)
     assert torch.equal(got.tokens, expected.tokens)
     assert cache.memory().trimmed == (0,)
+
+
+@pytest.mark.parametrize("max_length", KINDS)
+def test_a_chat_through_generate(max_length):
+    """The history comes again with each turn; what the cache has is not run again."""
+    model, _, _ = pinned()
+    caches = flux_cache(model, max_length), untrimmed(model)
+    history = prompt(2, 50).ids
+    for seed in (1, 2):
+        mask = torch.ones_like(history)
+        mask[1, :9] = 0
+        got, expected = (generate_with(model, Prompt(history, mask), 5, c) for c in caches)
+        assert torch.equal(got.tokens, expected.tokens)
+        history = torch.cat((history, got.tokens, prompt(2, 11, seed=seed).ids), dim=1)
+    assert caches[0].memory().trimmed == (0,)
 
 
 @torch.no_grad()
