@@ -43,8 +43,9 @@ class FluxCache(Cache):
     So does a call whose ``attention_mask`` is not that of the whole sequence; on a GPU, where that
     would mean to wait, its rows are NaN instead.
 
-    A later call with several tokens (the next chat turn) reads sink and local in trimmed layers
-    whatever the sparse mode of prompts is.
+    A later call with several tokens (the next chat turn) reads sink and local in trimmed layers,
+    and with ``max_length`` everything in the others, whatever the prompt's sparse and retrieval
+    modes are.
 
     Compiled code is made for one set of trimmed layers. A model whose router trims ever other ones
     gets code for the first few sets; then the closest of these within a prompt's set is used.
