@@ -142,7 +142,7 @@ class FluxCache(Cache):
             CacheError: there are not so many, or trimmed layers would need again what they have
                 dropped: ``spare`` tokens can be taken back, counted from the most there ever were.
         """
-        length = int(self.get_seq_length())
+        length, tokens_to_remove = int(self.get_seq_length()), int(tokens_to_remove)
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
         most, left = max(self._most, length), length - remove
         if left < 0:
