@@ -4,11 +4,14 @@
 are what surrounds it.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fluxcompile.attachment import attach, detach
+from fluxcompile.cache_memory import CacheMemory
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import (
+    CacheError,
     ConfigError,
     DataError,
     FluxError,
@@ -27,13 +30,17 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import SoftRoutes, soft_routes
 
 if TYPE_CHECKING:
+    from fluxcompile.cache import FluxCache
     from fluxcompile.training import adapt_backbone, train_router
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheError",
+    "CacheMemory",
     "ConfigError",
     "DataError",
+    "FluxCache",
     "FluxConfig",
     "FluxError",
     "FluxReport",
@@ -56,13 +63,15 @@ __all__ = [
     "train_router",
 ]
 
-_TRAINING = ("adapt_backbone", "train_router")
+#: what brings transformers along, for those who use it only: name -> module
+_LATER = {
+    "FluxCache": "fluxcompile.cache",
+    "adapt_backbone": "fluxcompile.training",
+    "train_router": "fluxcompile.training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Training brings transformers' Trainer along: only for those who train.
-    if name in _TRAINING:
-        from fluxcompile import training
-
-        return getattr(training, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,6 +96,7 @@ def compile_graph(
         reports.append(GraphReport.of(result, planner))
     else:
         _explain_fallbacks(result, planner, options)
+        _explain_untrimmed(result)
         if any(planner.routes_site(site) for site in result.sites):
             warn_of_last_graph()
     compiled = run(lower(gm, inputs, options))
@@ -171,6 +172,15 @@ def _explain_fallbacks(result: Rewrite, planner: Planner, options: CompileOption
         message = f"{where}: full attention, because {reason}"
         if options.strict:
             raise RewriteError(message)
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, FluxWarning, stacklevel=2)
+
+
+def _explain_untrimmed(result: Rewrite) -> None:
+    """One warning a reason where a cache that would forget keeps everything."""
+    for reason in dict.fromkeys(site.not_trimmed for site in result.sites if site.not_trimmed):
+        message = f"the FluxCache keeps every token, because {reason}"
         if message not in _warned:
             _warned.add(message)
             warnings.warn(message, FluxWarning, stacklevel=2)

@@ -50,5 +50,9 @@ class KernelError(FluxError, RuntimeError):
     """A kernel was called with operands, or on a machine, that it cannot serve."""
 
 
+class CacheError(FluxError, ValueError):
+    """A :class:`fluxcompile.FluxCache` cannot be made, or cannot do, what was asked."""
+
+
 class FluxWarning(UserWarning):
     """Warned once when a model runs as full attention where routing was possible in principle."""

@@ -8,9 +8,10 @@ one. The backend therefore adds guards of its own to Dynamo's:
   attachment (or to none): another model and another layer fail it. For the weight of the last call
   that is one comparison, 0.15 microseconds;
 - for the graph, once something was attached or detached, that its weights belong there still;
-- that what it compiles for one attachment and the same layers has a ``recompile_limit`` of its own
-  (Dynamo knows the like for modules it matches by identity): decoder layers compiled one by one,
-  and several models, would soon exceed a common one, and run eagerly.
+- that what it compiles for one attachment, the same layers and caches of one layout has a
+  ``recompile_limit`` of its own (Dynamo knows the like for modules it matches by identity): decoder
+  layers compiled one by one, several models, and caches trimmed in ever other layers would soon
+  exceed a common one, and run eagerly.
 
 Why not choose the router when the graph is called: a graph for other weights would have to be
 lowered outside Dynamo's tracing, where the shape guards that lowering adds have no effect; and
@@ -36,6 +37,7 @@ from torch._guards import Guard, TracingContext
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxcompile.attachment import NOBODY, changes, owner_of
+from fluxcompile.passes.graph_util import hint, value_of
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.recompile_limit import Allowance, allow, allowance_of
 
@@ -61,7 +63,8 @@ def guard_owners(
         create = functools.partial(_guard_weight, check)
         install_guard(Guard(sources[node], create))
     if same:
-        create = functools.partial(_guard_graph, owners, allowance_of(owners.key))
+        allowance = allowance_of((owners.key, tuple(_layout(site) for site in sites)))
+        create = functools.partial(_guard_graph, owners, allowance)
         install_guard(Guard(next(iter(sources.values())), create))
 
 
@@ -107,6 +110,11 @@ class Owners:
                 return False
             self._changes = now
         return True
+
+
+def _layout(site: AttentionSite) -> int:
+    """Slots of the layer's ring, 0 for none: a cache of other rings cannot use the graph."""
+    return 0 if site.ring is None else hint(value_of(site.ring.keys).shape[2])
 
 
 def _any_weight(values: dict[fx.Node, Any]) -> list[fx.Node]:

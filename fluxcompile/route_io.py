@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fluxcompile.passes.pipeline import Rewrite
 from fluxcompile.passes.plan import Policy, RoutingPlan
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.planning import Planner
+from fluxcompile.ring_io import ring_io, trimmed_layers
 from fluxcompile.runtime import RouteIO
 
 
@@ -23,11 +25,15 @@ def route_io(
     gm, routes = result.gm, result.routes
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     model_key = next((i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)), None)
+    own = len(next(iter(reversed(gm.graph.nodes))).args[0])
+    carriers = _carriers(gm, routes.columns)
+    growing = ring_io(gm, result.sites, routes.columns)
+    valids = len(next(iter(reversed(gm.graph.nodes))).args[0]) - own
     if not routes.columns:
-        return _static_io(result, plan, planner, placeholders, model_key)
+        io = _static_io(result, plan, planner, placeholders, model_key)
+        return dataclasses.replace(io, growing=growing, valids=valids)
     sites = routes.columns
     positions = {node: position for position, node in enumerate(placeholders)}
-    carrier = _carrier(gm, sites)
     append_output(gm, routes.decided)
     past = next((site.past_key for site in sites if site.past_key is not None), None)
     return RouteIO(
@@ -35,11 +41,14 @@ def route_io(
         layer_names=tuple(planner.layer_name(site) for site in sites),
         takes_routes=routes.routes_input is not None,
         past_key=None if past is None else positions[past],
-        carrier_output=carrier,
+        carriers=carriers,
         decides=any(site.may_start_prompt for site in sites),
         model_key=model_key,
         generation=planner.generation,
         strict=plan.strict,
+        growing=growing,
+        valids=valids,
+        trimmed=trimmed_layers(result.sites),
     )
 
 
@@ -87,16 +96,18 @@ def append_output(gm: fx.GraphModule, columns: list[fx.Node]) -> None:
     gm.recompile()
 
 
-def _carrier(gm: fx.GraphModule, sites: list[AttentionSite]) -> int | None:
-    """Position among the outputs of a routed layer's key cache, or None for a static buffer."""
+def _carriers(gm: fx.GraphModule, sites: list[AttentionSite]) -> tuple[int, ...]:
+    """Positions among the outputs of the routed layers' key caches; static buffers have none."""
     output = next(iter(reversed(gm.graph.nodes)))
+    found = []
     for site in sites:
         for position, node in enumerate(output.args[0]):
             if not isinstance(node, fx.Node):
                 continue
             if node in (site.k, site.key_buffer) or _slice_of(node, site.k):
-                return position
-    return None
+                found.append(position)
+                break
+    return tuple(found)
 
 
 def _slice_of(node: fx.Node, key: fx.Node) -> bool:

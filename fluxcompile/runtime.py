@@ -1,9 +1,9 @@
 """The compiled callable: it takes a cache's routes in and hands them on with the cache.
 
-Routes belong to a sequence of tokens, not to a model. They are kept weakly under the key tensor
-that leaves one call and enters the next (a growing cache's output, a static cache's buffer), so
-generations that take turns on one model never see each other's routes, and a cache that was
-reordered, cropped or made elsewhere, whose key tensor is another object, has none.
+Routes are kept weakly under the key tensor that leaves one call and enters the next (a growing
+cache's output, a static cache's buffer), so generations that take turns on one model never see each
+other's routes, and a cache that was reordered, cropped or made elsewhere, whose key tensor is
+another object, has none. A :class:`fluxcompile.FluxCache` becomes rings on the way out.
 """
 
 from __future__ import annotations
@@ -14,37 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxcompile.errors import FluxWarning, RewriteError
+from fluxcompile.kept_routes import KeptRoutes, _routes_of_cache, keep, kept
+from fluxcompile.rings import GrowingLayer, known_layout, make_rings
 from fluxcompile.route_record import Routes, record_routes
 
-
-@dataclass(frozen=True, eq=False)
-class KeptRoutes:
-    """Routes of one cache: bool ``[B, len(layers)]``, True for full attention.
-
-    ``version`` is that of the key tensor when they were kept: a static buffer that somebody else
-    has written since is the same object with other tokens in it.
-    """
-
-    layers: tuple[int, ...]
-    full: torch.Tensor
-    version: int | None = None
-
-    def for_layers(self, layers: tuple[int, ...], batch: int) -> torch.Tensor | None:
-        """The columns of ``layers``; full attention where a layer is new; None on a mismatch."""
-        if self.full.shape[0] != batch:
-            return None
-        if layers == self.layers:
-            return self.full
-        known = {layer: column for column, layer in enumerate(self.layers)}
-        ones = torch.ones_like(self.full[:, 0])
-        columns = [self.full[:, known[x]] if x in known else ones for x in layers]
-        return torch.stack(columns, dim=1)
-
-
-_routes_of_cache = WeakIdKeyDictionary()  # key tensor -> KeptRoutes
+__all__ = ["CompiledGraph", "KeptRoutes", "RouteIO", "_routes_of_cache"]
 
 
 @dataclass(frozen=True)
@@ -56,33 +32,46 @@ class RouteIO:
         layer_names: their module paths.
         takes_routes: the graph has a routes input.
         past_key: position among the graph's inputs of the key tensor that brings the routes.
-        carrier_output: position among the outputs of the key tensor that carries them on.
+        carriers: positions among the outputs of the routed layers' key tensors. The first carries
+            the routes on.
         decides: this call may be the first of a prompt, so its routes are worth recording.
         static: routes that hold whatever the prompt is, one bool a layer, or None.
         model_key: position among the inputs of a parameter of the model, or None.
         batch_input: position of an input whose first axis is the batch, or None.
         generation: of the attachment that the graph was compiled for, 0 for none.
         strict: raise where a cache's routes are lost.
+        growing: layers whose cache may become a ring after the call.
+        trimmed: layers whose cache was trimmed before.
+        valids: key validities among the outputs, behind the graph's own and before the routes.
     """
 
     layers: tuple[int, ...] = ()
     layer_names: tuple[str, ...] = ()
     takes_routes: bool = False
     past_key: int | None = None
-    carrier_output: int | None = None
+    carriers: tuple[int, ...] = ()
     decides: bool = False
     static: tuple[bool, ...] | None = None
     model_key: int | None = None
     batch_input: int | None = None
     generation: int = 0
     strict: bool = False
+    growing: tuple[GrowingLayer, ...] = ()
+    trimmed: frozenset[int] = frozenset()
+    valids: int = 0
 
     @property
     def is_idle(self) -> bool:
-        """True where a call has no routes to bring, hand on or record."""
+        """True where a call has no routes to bring, hand on or record, and no rings to make."""
+        if self.growing:
+            return False
         if self.static is None:
             return not self.layers
-        return not self.decides or self.model_key is None or self.batch_input is None
+        return not self.records_static
+
+    @property
+    def records_static(self) -> bool:
+        return self.decides and self.model_key is not None and self.batch_input is not None
 
 
 class CompiledGraph:
@@ -96,26 +85,34 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         io = self._io
         if io.static is not None:
-            self._record_static(inputs)
-            return self._compiled(*inputs)
+            if io.records_static:
+                self._record_static(inputs)
+            outputs = self._compiled(*inputs)
+            if not io.growing:
+                return outputs
+            outputs = list(outputs)
+            self._make_rings(inputs, outputs, None)
+            return outputs
         if io.takes_routes:
-            *outputs, routes = self._compiled(*inputs, self._incoming(inputs))
+            incoming = self._incoming(inputs)
+            outputs = list(self._compiled(*inputs, incoming.full))
         else:
-            *outputs, routes = self._compiled(*inputs)
-        self._hand_on(inputs, outputs, routes)
+            incoming = None
+            outputs = list(self._compiled(*inputs))
+        routes = outputs.pop()
+        self._hand_on(inputs, outputs, routes, incoming)
         return outputs
 
-    def _incoming(self, inputs: Sequence[Any]) -> torch.Tensor:
+    def _incoming(self, inputs: Sequence[Any]) -> KeptRoutes:
         key = inputs[self._io.past_key]
-        kept = _routes_of_cache.get(key)
-        if kept is not None and kept.version != _version_of(key):
-            kept = None
-        routes = kept.for_layers(self._io.layers, key.shape[0]) if kept is not None else None
+        known = kept(key)
+        routes = known.for_layers(self._io.layers, key.shape[0]) if known is not None else None
         if routes is None:
             if not self._io.decides:
                 self._report_lost()
-            shape = key.shape[0], len(self._io.layers)
-            routes = torch.ones(shape, dtype=torch.bool, device=key.device)
+            layers = self._io.layers
+            full = torch.ones((key.shape[0], len(layers)), dtype=torch.bool, device=key.device)
+            routes = KeptRoutes(layers, full, sparse=(False,) * len(layers))
         return routes
 
     def _report_lost(self) -> None:
@@ -129,17 +126,48 @@ class CompiledGraph:
             self._warned = True
             warnings.warn(message, FluxWarning, stacklevel=3)
 
-    def _hand_on(self, inputs: Sequence[Any], outputs: Sequence[Any], routes: torch.Tensor) -> None:
+    def _hand_on(
+        self,
+        inputs: Sequence[Any],
+        outputs: list[Any],
+        routes: torch.Tensor,
+        incoming: KeptRoutes | None,
+    ) -> None:
         io = self._io
+        known = incoming is not None and not io.decides
+        leaving = KeptRoutes(io.layers, routes, sparse=incoming.sparse if known else None)
         carrier = None
-        if io.carrier_output is not None:
-            carrier = outputs[io.carrier_output]
+        if io.growing:
+            if any(layer.needs_route(outputs) for layer in io.growing):
+                leaving = leaving.read()
+            if self._make_rings(inputs, outputs, leaving.sparse):
+                for position in io.carriers:  # the first may no longer be the first to be routed
+                    keep(outputs[position], leaving)
+        if io.carriers:
+            carrier = outputs[io.carriers[0]]
         elif io.past_key is not None:
             carrier = inputs[io.past_key]
         if carrier is not None:
-            _routes_of_cache[carrier] = KeptRoutes(io.layers, routes, _version_of(carrier))
+            keep(carrier, leaving)
         if io.decides and io.model_key is not None:
             record_routes(inputs[io.model_key], Routes(routes, io.layer_names), io.generation)
+
+    def _make_rings(
+        self, inputs: Sequence[Any], outputs: list[Any], sparse: tuple[bool, ...] | None
+    ) -> bool:
+        """Whether rings were made; ``sparse``: of each column, whether it is in every row."""
+        io = self._io
+        valids = _take(outputs, io.valids)
+        wanted = {
+            layer
+            for layer in io.growing
+            if layer.could_trim(outputs) and (layer.column is None or sparse[layer.column])
+        }
+        if wanted and io.static is None:
+            key = None if io.model_key is None else inputs[io.model_key]
+            layout = known_layout(key, io.trimmed | {layer.layer for layer in wanted})
+            wanted = {layer for layer in wanted if layer.layer in layout}
+        return make_rings(io.growing, inputs, outputs, valids, wanted)
 
     def _record_static(self, inputs: Sequence[Any]) -> None:
         io = self._io
@@ -147,6 +175,9 @@ class CompiledGraph:
         record_routes(inputs[io.model_key], Routes(routes, io.layer_names), io.generation)
 
 
-def _version_of(tensor: torch.Tensor) -> int | None:
-    """How often ``tensor`` was written in place; inference tensors do not count."""
-    return None if tensor.is_inference() else tensor._version
+def _take(outputs: list[Any], count: int) -> list[torch.Tensor]:
+    """Remove the last ``count`` of ``outputs`` and return them."""
+    start = len(outputs) - count
+    taken = outputs[start:]
+    del outputs[start:]
+    return taken

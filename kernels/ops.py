@@ -30,6 +30,7 @@ from fluxcompile.kernels.host_flag.op import await_flag, send_flag
 from fluxcompile.kernels.masks import flags, key_masks
 from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
+from fluxcompile.kernels.ring.op import agree, growing_cache, ring_cache
 from fluxcompile.kernels.router.op import route_features, route_rows
 from fluxcompile.kernels.streaming import cpu as streaming_cpu
 from fluxcompile.kernels.streaming import cuda as streaming_cuda
@@ -38,13 +39,16 @@ from fluxcompile.kernels.triangle.op import triangle_attention
 from fluxcompile.kernels.xattention.op import xattention_attention
 
 __all__ = [
+    "agree",
     "await_flag",
     "block_sparse_attention",
     "decode_attention",
     "full_attention",
+    "growing_cache",
     "mask_bounds",
     "power_attention",
     "read_mask",
+    "ring_cache",
     "route_features",
     "route_rows",
     "send_flag",

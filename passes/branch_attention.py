@@ -7,6 +7,7 @@ sparse              the sparse mode's operator (prefill), ``flux::decode_attenti
 routed, prefill     ``cond(all rows full, full, sparse with per-row routes)``
 retrieval mode      XAttention in the place of full; a mixed batch computes both and picks by row
 routed, decode      ``flux::decode_attention`` reading the row's route on the device
+rings               what ``read_ring`` makes of them
 ==================  ==========================================================================
 
 Legal because the mask was proven equal to *causal + valid keys (+ window)* (or is checked at run
@@ -25,6 +26,7 @@ from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
+from fluxcompile.passes.read_ring import RingReader, allow_trimming, may_become_ring
 from fluxcompile.passes.site import AttentionSite, CausalMask, Skip, SkipReason
 
 
@@ -35,13 +37,14 @@ def branch_attention(
     emitter = Emitter(gm)
     masks = MaskOperandCache(emitter)
     routes = RouteSource(emitter, masks, plan.config.pooling)
+    rings = RingReader(emitter, masks, routes)
     for site in sites:
         if site.skip is not None:
             site.became = "left alone"
             continue
         output = site.output
         try:
-            replacement = _rewrite(site, plan, emitter, masks, routes)
+            replacement = _rewrite(site, plan, emitter, masks, routes, rings)
         except UnknownSize as problem:
             site.skip = Skip(SkipReason.MASK_UNREADABLE, f"size {problem} is not an input")
             site.became = "left alone"
@@ -58,8 +61,16 @@ def _rewrite(
     emitter: Emitter,
     masks: MaskOperandCache,
     routes: RouteSource,
+    rings: RingReader,
 ) -> fx.Node:
     policy = _policy(site, plan)
+    if site.ring is not None:
+        return replace(site, rings.read(site, policy, plan), emitter)
+    if may_become_ring(site):
+        allow_trimming(site, policy, plan)
+        site.key_valid = masks.key_valid(site)
+    else:
+        site.marker = None
     if site.is_decode:
         result = _decode(site, policy, plan, emitter, masks, routes)
     else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fluxcompile.kernels.ring.layout import RingPattern
 from fluxcompile.passes.graph_util import argument, is_tensor, op_name, same_size, value_of
-from fluxcompile.passes.site import AttentionSite, CacheKind
+from fluxcompile.passes.site import AttentionSite, CacheKind, RingKV
 from fluxcompile.passes.views import index_symbols, upstream
 
 #: what transformers' sliding caches call the number of tokens they have seen
@@ -23,10 +24,14 @@ def find_caches(sites: list[AttentionSite]) -> None:
 
 def _classify(site: AttentionSite) -> None:
     key = site.k
+    if (ring := _rings(site)) is not None:
+        site.cache, site.ring, site.past_key = CacheKind.RING, ring, ring.keys
+        return
     if op_name(key) in ("cat", "concat", "concatenate"):
         parts, axis = argument(key, 0, "tensors"), argument(key, 1, "dim", 0)
         if len(parts) == 2 and is_tensor(parts[0]) and axis in (2, -2):
             _classify_concatenation(site, parts[0])
+            site.marker = _marker(parts[1])
             return
     writes = _writes(key, site)
     if writes:
@@ -43,6 +48,26 @@ def _classify(site: AttentionSite) -> None:
         site.past_key = buffer if buffer.op == "placeholder" else None
     elif key.op == "placeholder" or _reads_input_cache(site):
         site.cache = CacheKind.UNKNOWN
+
+
+def _rings(site: AttentionSite) -> RingKV | None:
+    """Legal because the cache's layer names by these operators what its rings hold."""
+    key, value = site.k, site.v
+    named = torch.ops.flux.ring_cache.default
+    if not (key.target is value.target is named and key.args[2:] == value.args[2:]):
+        return None
+    new_keys, keys, counts, seen, _, code = key.args
+    new_values, values = value.args[:2]
+    held = (keys, values, counts) if seen is None else (keys, values, counts, seen)
+    if any(node.op != "placeholder" for node in held):
+        return None
+    pattern = RingPattern.of_code(code)
+    return RingKV(keys, values, new_keys, new_values, counts, seen, pattern)
+
+
+def _marker(new_keys: fx.Node) -> fx.Node | None:
+    named = torch.ops.flux.growing_cache.default
+    return next((user for user in new_keys.users if user.target is named), None)
 
 
 def _writes(key: fx.Node, site: AttentionSite) -> list[fx.Node]:

@@ -54,7 +54,7 @@ class MaskOperandCache:
         self, site: AttentionSite, sink: int, local: int, sparse: bool
     ) -> tuple[fx.Node, fx.Node | None]:
         """``query_bounds`` and ``key_valid`` of ``flux::decode_attention``."""
-        valid = self._key_valid(site)
+        valid = self.key_valid(site)
         # A given mask row says by itself which keys its one query sees.
         q_start = None if isinstance(site.mask, GivenMask) else self._q_start(site)
         window = site.window
@@ -82,7 +82,7 @@ class MaskOperandCache:
                 read = emitter.call(torch.ops.flux.read_mask.default, (mask, start))
                 key_valid, bounds, flags = (emitter.item(read, i) for i in range(3))
             return MaskOperands(bounds, key_valid, flags, mask, start)
-        valid = self._key_valid(site)
+        valid = self.key_valid(site)
         if valid is None:
             return MaskOperands(q_start=q_start)
         with emitter.graph.inserting_before(site.output):
@@ -133,7 +133,7 @@ class MaskOperandCache:
                     self._starts[key] = self._filled(size, site)
         return self._starts[key]
 
-    def _key_valid(self, site: AttentionSite) -> fx.Node | None:
+    def key_valid(self, site: AttentionSite) -> fx.Node | None:
         """bool [B, Skv]: the keys that the mask's own validity input allows."""
         emitter = self._emitter
         if isinstance(site.mask, GivenMask):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
+from fluxcompile.kernels.ring.layout import RingPattern
 from fluxcompile.kernels.validation import MAX_DECODE_QUERIES
 from fluxcompile.passes.graph_util import as_expr
 
@@ -52,6 +53,7 @@ class CacheKind(enum.Enum):
     DYNAMIC = "dynamic"
     STATIC_NEW = "static, new"
     STATIC = "static"
+    RING = "ring"
     UNKNOWN = "unknown"
 
 
@@ -94,6 +96,36 @@ class GivenMask:
 Mask = CausalMask | GivenMask
 
 
+@dataclass(frozen=True)
+class RingKV:
+    """The inputs that hold a layer's rings, and what this call adds to them.
+
+    Attributes:
+        keys, values: rings ``[B, HK, slots, D]``.
+        new_keys, new_values: ``[B, HK, Sq, D]``.
+        counts: int64 ``[B]``, valid tokens before this call; negative: not known.
+        seen: int64 ``[]``, all tokens before this call; None where that is ``Skv - Sq``.
+    """
+
+    keys: fx.Node
+    values: fx.Node
+    new_keys: fx.Node
+    new_values: fx.Node
+    counts: fx.Node
+    seen: fx.Node | None
+    pattern: RingPattern
+
+    @property
+    def is_whole(self) -> bool:
+        """True where every token is kept, False where only sink and local are. May add a guard."""
+        slots = self.keys.meta["example_value"].shape[2]
+        return self.pattern.room > 0 and bool(slots == self.pattern.whole_slots)
+
+    @property
+    def slots(self) -> sympy.Expr:
+        return as_expr(self.keys.meta["example_value"].shape[2])
+
+
 @dataclass
 class AttentionSite:
     """One attention of the graph, and everything the later stages need to rewrite it.
@@ -126,6 +158,16 @@ class AttentionSite:
     past_length: fx.Node | None = None
     #: the static key buffer, where the attention reads only a slice of it
     key_buffer: fx.Node | None = None
+    #: the marker of a growing cache that may become a ring after this call
+    marker: fx.Node | None = None
+    #: its layer may then be trimmed, in rows that are sparse
+    may_trim: bool = False
+    #: set where rows may be sparse and the layer is yet not to be trimmed
+    not_trimmed: str = ""
+    #: bool [B, Skv]: the keys' validity for whoever makes the ring, None for all valid
+    key_valid: fx.Node | None = None
+    #: this call's cache, where it is one of rings
+    ring: RingKV | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
     #: graph input: the weight nearest to the query, which tells the layer
@@ -149,7 +191,7 @@ class AttentionSite:
 
     @property
     def has_past(self) -> bool:
-        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC)
+        return self.cache in (CacheKind.DYNAMIC, CacheKind.STATIC, CacheKind.RING)
 
     @property
     def window(self) -> int:

@@ -16,4 +16,4 @@ print(sorted(fluxcompile.__all__)[0])
 def test_import_needs_neither_triton_nor_inductor():
     result = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "ConfigError"
+    assert result.stdout.strip() == "CacheError"

@@ -16,6 +16,7 @@ from tests.parity.harness import (
     generate,
 )
 from tests.parity.models import Prompt, flux_config, prompt, random_router, tiny_model
+from tests.parity.reference import routed_logits
 
 pytestmark = pytest.mark.gpu
 
@@ -97,3 +98,35 @@ def test_decode_never_waits_for_the_device():
             compiled(input_ids=token, past_key_values=cache)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launches", "cuda-graphs"])
+def test_rings_of_fixed_size(graphs):
+    """Several prompts in one cache, mixed rows: right tokens, and decode that never waits."""
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    router = random_router(model)
+    fluxcompile.attach(model.cuda(), router.cuda())
+    options = {"strict": True, "inductor": {"triton.cudagraphs": graphs}}
+    compiled = torch.compile(model, backend="flux", options=options)
+    cache = fluxcompile.FluxCache(model, max_length=128)
+    for seed in (0, 1, 0):
+        cache.reset()
+        given = prompt(2, 63, "none", seed=seed)
+        ids = given.ids
+        with torch.no_grad():
+            logits = [compiled(input_ids=ids.cuda(), past_key_values=cache).logits.clone()]
+            full = fluxcompile.routes(model).fa.cpu()
+            for _ in range(24):
+                token = logits[-1][:, -1:].argmax(-1)
+                ids = torch.cat((ids, token.cpu()), dim=1)
+                logits.append(compiled(input_ids=token, past_key_values=cache).logits.clone())
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                compiled(input_ids=token, past_key_values=cache)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        got = torch.cat(logits, dim=1).cpu()
+        definition = definition_of(full, router.config)
+        expected = routed_logits(twin, definition, ids, use_cache=False)
+        torch.testing.assert_close(got[:, 62:], expected[:, 62:], atol=1e-3, rtol=1e-3)

@@ -1,0 +1,49 @@
+"""A ``FluxCache`` in the parity tests: made, driven and compared with a cache that keeps all."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+import fluxcompile
+from tests.parity.harness import Generated
+from tests.parity.models import LOCAL, SINK, Prompt
+
+SPARE = 4
+#: tokens that a trimmed layer may have more than what it keeps before it is trimmed
+SLOTS = SINK + LOCAL + SPARE + 1
+ROOM = 192
+
+#: a cache that grows, and one of fixed size
+KINDS = [pytest.param(None, id="growing"), pytest.param(ROOM, id="fixed")]
+
+
+def flux_cache(model: PreTrainedModel, max_length: int | None = None, spare: int = SPARE):
+    return fluxcompile.FluxCache(model, sink=SINK, local=LOCAL, spare=spare, max_length=max_length)
+
+
+def untrimmed(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config)
+
+
+@torch.no_grad()
+def generate_with(model: PreTrainedModel, prompt: Prompt, new: int, cache, **options) -> Generated:
+    """Greedy ``generate`` of exactly ``new`` tokens on top of ``cache``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer names of past_key_values
+        out = model.generate(
+            prompt.ids,
+            attention_mask=prompt.mask,
+            max_new_tokens=new,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            past_key_values=cache,
+            **options,
+        )
+    tokens = out.sequences[:, prompt.ids.shape[1] :]
+    assert tokens.shape[1] == new
+    return Generated(tokens, torch.stack(out.logits, dim=1))
