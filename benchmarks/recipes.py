@@ -22,7 +22,6 @@ but some were stopped.
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -31,11 +30,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import environment, print_table, write_json
+from common import environment, print_table, visible_gpus, write_json
 from fluxcompile.errors import FluxError, OptionError
 from fluxcompile.router_io import CONFIG_FILE, is_saved_router
 from recipes_file import read_recipes
-from recipes_run import Ended, Run, Runner, gpu_slots
+from recipes_run import Ended, Run, Runner
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "fluxcompile", "train"]
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipes = read_recipes(args.recipes, args.only)
     runs = [Run(recipe, seed) for seed in args.seeds for recipe in recipes]
     more = [] if args.steps is None else ["--steps", str(args.steps)]
-    slots: list[str | None] = [None] if args.cpu else list(gpu_slots(args.per_gpu, os.environ))
+    slots: list[str | None] = [None] if args.cpu else visible_gpus() * args.per_gpu
     if not slots:
         raise OptionError.mismatch("GPUs", "at least one (or --cpu)", "none")
     if args.cpu:

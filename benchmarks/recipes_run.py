@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from recipes_file import Recipe
 
 POLL = 0.2  # seconds between looks at what has ended
@@ -170,14 +168,6 @@ class Runner:
                 running.signal(signal.SIGKILL)
                 running.process.wait()
         return stopped
-
-
-def gpu_slots(per_gpu: int, environment: dict[str, str]) -> list[str]:
-    """The GPUs that are visible, each ``per_gpu`` times: all once before one comes again."""
-    count = torch.cuda.device_count()
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [str(i) for i in range(count)] if visible is None else visible.split(",")[:count]
-    return names * per_gpu
 
 
 def last_logs(folder: Path) -> dict[str, Any]:

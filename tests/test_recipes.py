@@ -222,9 +222,9 @@ def read(file: Path) -> str:
         return ""
 
 
-def test_gpus_take_turns(recipes, monkeypatch):
-    from recipes_run import gpu_slots
-
+def test_gpus_go_by_the_names_that_processes_are_given(recipes, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert gpu_slots(2, {}) == ["0", "1", "0", "1"]
-    assert gpu_slots(1, {"CUDA_VISIBLE_DEVICES": "3,GPU-5"}) == ["3", "GPU-5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert recipes.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert recipes.visible_gpus() == ["3", "GPU-5"]
