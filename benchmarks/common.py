@@ -108,6 +108,13 @@ def replayed_seconds(functions: list[Callable[[], object]], device: str) -> floa
     return typical_seconds(graph.replay, device) / len(functions)
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that there are, by the names that CUDA_VISIBLE_DEVICES takes."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if visible is None else visible.split(",")[:count]
+
+
 def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

@@ -11,8 +11,9 @@ their second half, routed by the first. Static patterns share one training-mode 
 checked against the user's on the same prompts first.
 
 To compare at equal Ω, each router gets static counterparts with as many sparse layers as it has on
-average, rounded down in their favour: ``greedy`` (searched on training prompts), ``entropy``,
-``random``, and ``majority``, the layers that the router itself most often makes sparse.
+average, rounded down in their favour: ``greedy`` (searched on training prompts: what costs least
+by ``--search-by``), ``entropy``, ``random``, and ``majority``, the layers that the router itself
+most often makes sparse.
 
 The ablation: train routers that differ in one setting and give all of them, seeds under one name:
 
@@ -27,7 +28,11 @@ The ablation: train routers that differ in one setting and give all of them, see
 (``--router NAME=DIR`` may be repeated; further directories after it are further seeds.) A fixed
 pattern of your own: ``--static NAME=1,0,0,…``, 1 for full attention. ``--output`` gets
 ``quality.json``, ``pareto.png`` and ``routes.png``; the plots need ``pip install
-"fluxcompile[bench]"``.
+"fluxcompile[bench]"``. ``benchmarks/recipes.py`` trains many recipes at once.
+
+``--gpus N`` spreads the contenders over N GPUs, a process each; what is found is the same. Each
+contender is kept under ``--output/partial`` as soon as it is done: a run that was ended goes on
+with ``--resume`` and otherwise the same arguments, on the same kind of device.
 """
 
 import argparse
@@ -39,14 +44,17 @@ from fluxcompile.config import FluxConfig
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import builtin_prompts
 from fluxcompile.evaluation.prompts import METRICS, check_lengths
+from fluxcompile.options import LOWERINGS
 from fluxcompile.training.data import ALL
-from quality_contenders import RouterRun, given_patterns, given_routers
+from quality_contenders import given_patterns, given_routers
 from quality_goals import goals
 from quality_plots import pareto, require_matplotlib, route_map
 from quality_record import as_record
-from quality_run import Bench, load
+from quality_run import Bench, check_patterns, layers_of, partial_results, pool_of
+from quality_search import BY
 from quality_static import METHODS
 from quality_tables import goal_rows, omega_rows, score_rows, summary_rows
+from quality_worker import load
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,18 +85,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-length", type=int, default=4096, help="of greedy's prompts")
     parser.add_argument("--search-examples", type=int, default=4, help="a task, of greedy's")
     parser.add_argument(
+        "--search-by", choices=BY, default=BY[0],
+        help="what greedy's layers should cost least of: divergence from full attention, or loss",
+    )  # fmt: skip
+    parser.add_argument(
         "--through",
         choices=("user", "graph"),
         default="user",
         help="routers: an inference compile each, or the training-mode compile of the patterns",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gpus", type=int, default=1, help="processes, with a GPU each")
+    parser.add_argument("--resume", action="store_true", help="do not redo what --output has")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--lowering", default="inductor")
+    parser.add_argument("--lowering", choices=LOWERINGS, default="inductor")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--no-plots", action="store_true")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.gpus < 1:
+        parser.error("--gpus: expected at least 1")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -98,8 +115,12 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     model, tokenizer = load(args)
     check_lengths(model, args.lengths)
-    routers = given_routers(args.router, args.device)
+    layers = layers_of(model)
+    routers = given_routers(args.router)
+    for named in routers:
+        named.router.check_model(model)
     patterns = given_patterns(args.static)
+    check_patterns(patterns, layers)
     configs = [router.router.config for router in routers] or [
         FluxConfig(sink=args.sink, local=args.local)
     ]
@@ -116,10 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{key:>12}: {value}")
     print(f"{'seed':>12}: {args.seed}, {args.examples} prompts a task and length, {args.style}")
 
-    bench = Bench(model, tokenizer, cells, args)
-    full = bench.full(configs[0])
-    runs = [full, *bench.routers(routers)]
-    runs += bench.statics(configs, [run for run in runs if isinstance(run, RouterRun)], patterns)
+    partial = partial_results(model, cells, where, args)
+    with pool_of(model, tokenizer, cells, args) as pool:
+        bench = Bench(pool, partial, layers, args)
+        runs = bench.run(configs, routers, patterns)
     verdicts = goals(runs, args.seed)
 
     for length in args.lengths:

@@ -68,7 +68,7 @@ def same_attention(one: FluxConfig, other: FluxConfig) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in ATTENTION)
 
 
-def given_routers(options: Sequence[Sequence[str]], device: str) -> list[NamedRouter]:
+def given_routers(options: Sequence[Sequence[str]]) -> list[NamedRouter]:
     """From ``[["NAME=DIR", "DIR", ...], ...]``; a name's second router is ``NAME#2``.
 
     A shell makes ``NAME=DIR0 NAME=DIR1`` of ``NAME=DIR{0,1}``: the name may come again.
@@ -86,7 +86,7 @@ def given_routers(options: Sequence[Sequence[str]], device: str) -> list[NamedRo
                 raise OptionError.mismatch("--router", "NAME=DIR", repr(text))
             seeds = sum(other.recipe == name for other in found)
             unique = f"{name}#{seeds + 1}" if seeds else name
-            router = FluxRouter.from_pretrained(directory).to(device)
+            router = FluxRouter.from_pretrained(directory)
             found.append(NamedRouter(unique, name, directory, router))
     return found
 

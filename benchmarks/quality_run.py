@@ -1,179 +1,253 @@
-"""Loading a model and running every contender on the same prompts."""
+"""Every contender on the same prompts: what must be computed, in what order, and by whom."""
 
 import argparse
 import contextlib
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from torch import nn
 
+from common import visible_gpus
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import FluxError
-from fluxcompile.evaluation import AsUser, OneGraph, Results, evaluate
-from fluxcompile.evaluation.command import counting
-from fluxcompile.evaluation.compare import omega
-from fluxcompile.evaluation.evaluate import Engine
+from fluxcompile.errors import OptionError
 from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Cells
-from fluxcompile.training.command import load_model
+from fluxcompile.model_layers import attention_layers
 from quality_contenders import NamedRouter, RouterRun, Run, StaticRun, same_attention
-from quality_static import Search, counterparts
-from quality_tiny import load_tiny
+from quality_jobs import Entropies, Full, Greedy, Job, Pattern, Routed
+from quality_outcome import Outcome
+from quality_partial import Partial, prompts_digest, weights_digest
+from quality_pool import InPlace, Spread
+from quality_static import counterparts
+from quality_worker import Worker, load
 
-#: by how much the loss of a cell may differ between the two compiles of full attention: rounding
-#: of bf16 moves single tokens, and hardly their mean
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+Routes = tuple[int, ...]
 
-
-class Disagreement(FluxError):
-    """The two compiles do not compute the same: no number of either is reported."""
-
-
-def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """The model in eval mode on the device, and its tokenizer."""
-    name = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    dtype = getattr(torch, name)
-    if args.tiny:
-        return load_tiny(args.device, dtype)
-    model, tokenizer = load_model(args.model, name)
-    if tokenizer is None:
-        raise FluxError(f"--model {args.model}: expected one with a tokenizer, got none")
-    return model.to(args.device).eval(), tokenizer
+#: settings that decide what a job finds, whichever it is; others decide which jobs there are
+DECISIVE = (
+    "device", "dtype", "lowering", "batch", "tasks", "search_length", "search_examples",
+    "search_by", "seed", "style",
+)  # fmt: skip
 
 
 class Bench:
-    """Runs contenders on ``cells``; says how long each took."""
+    """Runs contenders in two stages: those that stand by themselves, then their counterparts.
+
+    Args:
+        pool: does the jobs.
+        partial: keeps what they find.
+        layers: attention layers of the model.
+        args: of the command line.
+    """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, cells: Cells, args: argparse.Namespace
+        self, pool: InPlace | Spread, partial: Partial, layers: int, args: argparse.Namespace
     ) -> None:
-        self.model, self.tokenizer, self.cells, self.args = model, tokenizer, cells, args
         self.disagreement: float | None = None  # the largest found between the two compiles
+        self._pool, self._partial, self._layers, self._args = pool, partial, layers, args
+        self._found: dict[str, Outcome] = {}  # by key: what two names have in common runs once
 
-    def full(self, config: FluxConfig) -> Run:
-        """Full attention as a user runs it: what all else is held against."""
-        started = time.perf_counter()
-        with self._as_user(routes="full", config=config) as engine:
-            results = self._evaluate("full", engine)
-        self._full = results
-        return Run("full", config, results, "user", time.perf_counter() - started)
-
-    def routers(self, routers: Sequence[NamedRouter]) -> list[RouterRun]:
-        """Each through a compile of its own, or as ``--through`` says."""
-        runs = []
-        for named in routers:
-            started = time.perf_counter()
-            config = named.router.config
-            graph = self.args.through == "graph" and serves(config)
-            named.router.check_model(self.model)
-            with self._routed(named, graph) as engine:
-                results = self._evaluate(named.name, engine)
-            through = "graph" if graph else "user"
-            seconds = time.perf_counter() - started
-            runs.append(RouterRun(named.name, config, results, through, seconds, source=named))
-        return runs
-
-    def statics(
+    def run(
         self,
         configs: Sequence[FluxConfig],
-        routers: Sequence[RouterRun],
-        given: Mapping[str, tuple[int, ...]],
-    ) -> list[StaticRun]:
-        """Patterns for every kind of sparse attention that a router routes to."""
+        routers: Sequence[NamedRouter],
+        given: Mapping[str, Routes],
+    ) -> list[Run]:
+        """Full attention, the routers, and static patterns for every kind of sparse attention.
+
+        Args:
+            configs: of the routers; or one for the patterns, where there are no routers.
+            routers: to judge.
+            given: patterns by name.
+        """
         distinct: list[FluxConfig] = []
         for config in configs:
             if not any(same_attention(config, other) for other in distinct):
                 distinct.append(config)
-        runs = []
-        for config in distinct:
-            alike = [run for run in routers if same_attention(run.config, config)]
-            label = "" if len(distinct) == 1 else f" {config.sparse} {config.sink}+{config.local}"
-            runs += self._statics(config, alike, given, label)
-        return runs
+        full_job = Full(configs[0])
+        routed = [self._routed(named) for named in routers]
+        searches = self._searches(distinct, bool(routers))
+        # The search is the longest: with others at work it begins first. Alone it comes last, and
+        # leaves its compile to the patterns.
+        last = self._args.gpus == 1
+        jobs = [full_job, *routed]
+        self._do([*jobs, *searches] if last else [*searches[::-1], *jobs])
+
+        found = self._of(full_job)
+        full = Run("full", full_job.config, found.results, found.through, found.seconds)
+        routers_run = []
+        for named, job in zip(routers, routed, strict=True):
+            found = self._of(job)
+            routers_run.append(
+                RouterRun(named.name, job.config, found.results, found.through, found.seconds,
+                          source=named)
+            )  # fmt: skip
+        return [full, *routers_run, *self._statics(distinct, full, routers_run, given, searches)]
+
+    def _routed(self, named: NamedRouter) -> Routed:
+        config = named.router.config
+        graph = self._args.through == "graph" and serves(config)
+        digest = weights_digest(named.router)
+        return Routed(named.name, config, named.directory, digest, "graph" if graph else "user")
+
+    def _searches(self, distinct: Sequence[FluxConfig], routed: bool) -> list[Job]:
+        """As deep as any router could ask for."""
+        asked = [count for count in self._args.sparse_layers if 0 < count < self._layers]
+        depth = self._layers - 1 if routed else max(asked, default=0)
+        jobs: list[Job] = []
+        if depth and "entropy" in self._args.methods:
+            jobs.append(Entropies())
+        if depth and "greedy" in self._args.methods:
+            jobs += [Greedy(config, depth) for config in distinct if serves(config)]
+        return jobs
 
     def _statics(
         self,
-        config: FluxConfig,
+        distinct: Sequence[FluxConfig],
+        full: Run,
         routers: Sequence[RouterRun],
-        given: Mapping[str, tuple[int, ...]],
-        label: str,
+        given: Mapping[str, Routes],
+        searches: Sequence[Job],
     ) -> list[StaticRun]:
-        if serves(config):
-            with OneGraph.of(self.model, config, lowering=self.args.lowering) as graph:
-                self._check(graph)
-                patterns = self._patterns(graph, routers, given)
-                return [
-                    self._static(name + label, config, routes, graph)
-                    for name, routes in patterns.items()
-                ]
-        patterns = self._patterns(None, routers, given)
-        return [
-            self._static(name + label, config, routes, None) for name, routes in patterns.items()
-        ]
+        expected = {cell: float(result.loss.mean()) for cell, result in full.results.items()}
+        jobs = []
+        for config in distinct:
+            label = "" if len(distinct) == 1 else f" {config.sparse} {config.sink}+{config.local}"
+            patterns = self._patterns(config, routers, given, searches)
+            jobs += [
+                Pattern(name + label, config, routes, expected) for name, routes in patterns.items()
+            ]
+        self._do(jobs)
+        runs = []
+        for job in jobs:
+            found = self._of(job)
+            runs.append(
+                StaticRun(job.name, job.config, found.results, found.through, found.seconds,
+                          routes=job.routes)
+            )  # fmt: skip
+            if found.apart is not None:
+                self.disagreement = max(self.disagreement or 0.0, found.apart)
+        return runs
 
     def _patterns(
         self,
-        graph: OneGraph | None,
+        config: FluxConfig,
         routers: Sequence[RouterRun],
-        given: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, tuple[int, ...]]:
-        methods = list(self.args.methods)
-        if graph is None and "greedy" in methods:
+        given: Mapping[str, Routes],
+        searches: Sequence[Job],
+    ) -> dict[str, Routes]:
+        methods = list(self._args.methods)
+        if not serves(config) and "greedy" in methods:
             print("no greedy patterns: only streaming attention has one compile for every pattern")
             methods.remove("greedy")
-        search = Search(self.model, self.tokenizer, graph, self.args)
-        patterns = {"all sparse": (0,) * search.layers} | dict(given)
-        return patterns | counterparts(search, routers, methods, self.args.sparse_layers)
+        orders = {}
+        for job in searches:
+            if isinstance(job, Entropies):
+                orders["entropy"] = self._of(job).order
+            elif job.config == config:
+                orders["greedy"] = self._of(job).order
+        alike = [run for run in routers if same_attention(run.config, config)]
+        found = counterparts(
+            self._layers, alike, methods, orders, also=self._args.sparse_layers,
+            seed=self._args.seed,
+        )  # fmt: skip
+        return {"all sparse": (0,) * self._layers} | dict(given) | found
 
-    def _static(
-        self, name: str, config: FluxConfig, routes: tuple[int, ...], graph: OneGraph | None
-    ) -> StaticRun:
-        started = time.perf_counter()
-        if graph is not None:
-            results, through = self._evaluate(name, graph.pattern(routes)), "graph"
-        else:
-            with self._as_user(routes=routes, config=config) as engine:
-                results, through = self._evaluate(name, engine), "user"
-        seconds = time.perf_counter() - started
-        return StaticRun(name, config, results, through, seconds, routes=routes)
+    def _of(self, job: Job) -> Outcome:
+        return self._found[self._partial.key(job)]
 
-    def _check(self, graph: OneGraph) -> None:
-        """Full attention must score the same through both compiles."""
-        layers = len(graph.router.layer_names)
-        results = self._evaluate("full, again", graph.pattern([1] * layers))
-        bound = AGREEMENT[next(self.model.parameters()).dtype]
-        for cell, result in results.items():
-            expected = float(self._full[cell].loss.mean())
-            apart = abs(float(result.loss.mean()) / expected - 1)
-            self.disagreement = max(self.disagreement or 0.0, apart)
-            if cell.metric == "loss" and not apart <= bound:
-                raise Disagreement.mismatch(
-                    f"loss of {cell.task} at {cell.length}, full attention in training mode",
-                    f"{expected:.4f} within {bound:.0e}",
-                    f"{float(result.loss.mean()):.4f}",
-                )
+    def _do(self, jobs: Sequence[Job]) -> None:
+        """All of them, but for those that have been done before."""
+        left: dict[str, Job] = {}
+        for job in jobs:
+            key = self._partial.key(job)
+            if key in self._found or key in left:
+                continue
+            kept = self._partial.read(key) if self._args.resume else None
+            if kept is None:
+                left[key] = job
+            else:
+                self._found[key] = Outcome.from_bytes(kept)
+                print(f"{job.name}: {self._found[key]}, kept from before")
+        keys = list(left)
+        for i_job, data in self._pool(list(left.values())):
+            key = keys[i_job]
+            self._partial.keep(left[key], key, data)
+            self._found[key] = Outcome.from_bytes(data)
+            print(f"{left[key].name}: {self._found[key]}", flush=True)
 
-    @contextlib.contextmanager
-    def _routed(self, named: NamedRouter, graph: bool) -> Iterator[Engine]:
-        if not graph:
-            with self._as_user(router=named.router) as engine:
-                yield engine
-            return
-        lowering = self.args.lowering
-        with OneGraph.of(self.model, named.router.config, lowering=lowering) as one:
-            yield one.routed(named.router)
 
-    def _as_user(self, **routing: Any) -> contextlib.AbstractContextManager[AsUser]:
-        return AsUser.of(self.model, lowering=self.args.lowering, **routing)
+def partial_results(
+    model: nn.Module, cells: Cells, where: Mapping[str, Any], args: argparse.Namespace
+) -> Partial:
+    """What earlier runs with these very arguments have found, under ``--output``."""
+    common = {
+        "model": weights_digest(model),
+        "prompts": prompts_digest(cells),
+        "settings": {name: getattr(args, name) for name in DECISIVE},
+        "where": {name: value for name, value in where.items() if name != "date"},
+    }
+    return Partial(args.output / "partial", common)
 
-    def _evaluate(self, name: str, engine: Engine) -> Results:
-        total = sum(map(len, self.cells.values()))
-        started = time.perf_counter()
-        with counting(Console(stderr=True), name, total) as advance:
-            results = evaluate(engine, self.cells, self.args.batch, advance)
-        seconds = time.perf_counter() - started
-        print(f"{name}: Ω {omega(results):.2f}, {total} prompts in {seconds:.0f} s", flush=True)
-        return results
+
+@contextlib.contextmanager
+def pool_of(
+    model: nn.Module, tokenizer: Any, cells: Cells, args: argparse.Namespace
+) -> Iterator[InPlace | Spread]:
+    """This process for ``--gpus 1``, else as many others, which load the model for themselves."""
+    if args.gpus == 1:
+        worker = Worker(model, tokenizer, cells, args)
+        with contextlib.closing(worker), InPlace(worker) as pool:
+            yield pool
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        # Sent with the start of a process it would have to wait for each one's imports.
+        file = Path(folder) / "work.pickle"
+        file.write_bytes(pickle.dumps((args, cells)))
+        with Spread(partial(_prepared, file), environments(args.device, args.gpus)) as pool:
+            yield pool
+
+
+def environments(device: str, count: int) -> list[dict[str, str]]:
+    """Variables of each of ``count`` workers: a GPU of its own and its share of the cores.
+
+    Raises:
+        OptionError: there are not so many GPUs.
+    """
+    if device == "cpu":
+        return [{} for _ in range(count)]
+    gpus = visible_gpus()
+    if len(gpus) < count:
+        raise OptionError.mismatch("--gpus", f"at most {len(gpus)}", count)
+    share = str(max(1, len(os.sched_getaffinity(0)) // count))
+    threads = {
+        name: os.environ.get(name, share)
+        for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+    }
+    return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for gpu in gpus[:count]]
+
+
+def check_patterns(given: Mapping[str, Routes], layers: int) -> None:
+    """Refuse patterns of another model before anything takes time.
+
+    Raises:
+        OptionError: naming the first.
+    """
+    for name, routes in given.items():
+        if len(routes) != layers:
+            raise OptionError.mismatch(f"--static {name}", f"{layers} entries", len(routes))
+
+
+def layers_of(model: nn.Module) -> int:
+    """How many attention layers."""
+    return len(attention_layers(model))
+
+
+def _prepared(file: Path) -> Callable[[Job], bytes]:
+    args, cells = pickle.loads(file.read_bytes())
+    return Worker(*load(args), cells, args, shown=False)

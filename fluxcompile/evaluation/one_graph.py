@@ -67,12 +67,29 @@ class OneGraph(PatternGraph):
         Raises:
             RouterError: not one entry a layer.
         """
+        full = self._full(routes)
+        return lambda prompts: self._pinned(prompts, full)
+
+    @torch.no_grad()
+    def target_states(self, prompts: Sequence[Prompt], routes: Sequence[int]) -> torch.Tensor:
+        """What ``language_model.to_logits`` takes, before each target, under fixed routes.
+
+        Returns:
+            ``[N, D]``, in the order of :class:`Places`.
+
+        Raises:
+            RouterError: not one entry a layer.
+        """
+        states = self._pinned_states(prompts, self._full(routes))
+        return states[self._before(prompts, Places.of(prompts, self.device))]
+
+    def _full(self, routes: Sequence[int]) -> torch.Tensor:
+        """bool ``[1, L]``."""
         if len(routes) != len(self.router.layer_names):
             raise RouterError.mismatch(
                 "routes", f"{len(self.router.layer_names)} entries", len(routes)
             )
-        full = torch.tensor([routes], dtype=torch.bool, device=self.device)
-        return lambda prompts: self._pinned(prompts, full.expand(len(prompts), -1))
+        return torch.tensor([routes], dtype=torch.bool, device=self.device)
 
     def routed(self, router: FluxRouter) -> Callable[[Sequence[Prompt]], Scores]:
         """Scores batches under the hard routes of ``router``, decided by the prompts alone.
@@ -95,9 +112,13 @@ class OneGraph(PatternGraph):
 
     @torch.no_grad()
     def _pinned(self, prompts: Sequence[Prompt], full: torch.Tensor) -> Scores:
-        with soft_routes(self.router, noise=pinning_noise(full)):
-            states = self._whole(prompts)
-        return self._score(states, prompts, full)
+        states = self._pinned_states(prompts, full)
+        return self._score(states, prompts, full.expand(len(prompts), -1))
+
+    def _pinned_states(self, prompts: Sequence[Prompt], full: torch.Tensor) -> torch.Tensor:
+        noise = pinning_noise(full.expand(len(prompts), -1))
+        with soft_routes(self.router, noise=noise):
+            return self._whole(prompts)
 
     @torch.no_grad()
     def _decided(self, prompts: Sequence[Prompt]) -> Scores:
@@ -119,7 +140,12 @@ class OneGraph(PatternGraph):
 
     def _score(self, states: torch.Tensor, prompts: Sequence[Prompt], full: torch.Tensor) -> Scores:
         places = Places.of(prompts, self.device)
-        starts = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
-        before = starts[places.rows] + places.order - 1  # the position that predicts the target
         head = self.language_model.to_logits
-        return score(states[places.rows, before], places, head, full)
+        return score(states[self._before(prompts, places)], places, head, full)
+
+    def _before(
+        self, prompts: Sequence[Prompt], places: Places
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position of what predicts each target."""
+        starts = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
+        return places.rows, starts[places.rows] + places.order - 1
