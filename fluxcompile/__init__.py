@@ -23,6 +23,7 @@ from fluxcompile.errors import (
     TrainingError,
 )
 from fluxcompile.inspection import explain, routes
+from fluxcompile.packaged import packaged_routers
 from fluxcompile.report import FluxReport
 from fluxcompile.route_record import Routes
 from fluxcompile.router import FluxRouter
@@ -56,6 +57,7 @@ __all__ = [
     "attach",
     "detach",
     "explain",
+    "packaged_routers",
     "routes",
     "soft_routes",
     "train_router",

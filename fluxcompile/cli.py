@@ -65,17 +65,24 @@ def demo(
     ] = 3200,
     max_new_tokens: Annotated[int, typer.Option(min=3, max=128)] = 24,
     routes: Annotated[
-        str,
-        typer.Option(help='"static", "router", "full", "sparse", or 0/1 a layer: "1,0,0,…".'),
-    ] = "static",
+        str | None,
+        typer.Option(
+            help='"router", "static", "full", "sparse", or 0/1 a layer: "1,0,0,…". By default '
+            "the packaged router decides."
+        ),
+    ] = None,
     router: Annotated[
         Path | None, typer.Option(help="A trained router's folder; implies --routes router.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts that a router decides for.")] = 0,
     lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
-    """Answer a long prompt with SmolLM2-135M, eager and compiled, and show the routes taken."""
+    """Answer long prompts with SmolLM2-135M, eager and compiled, and show the routes taken.
+
+    A router decides for two: a question about a long document, and code to go on with.
+    """
     # Imported here: `--help` should not wait for torch.
     from fluxcompile.demo import DemoSettings, run_demo
 
@@ -85,6 +92,7 @@ def demo(
             max_new_tokens=max_new_tokens,
             routes=routes,
             router=router,
+            seed=seed,
             lowering=lowering.value,
             device=device,
             dtype=dtype.value if dtype else None,
@@ -172,7 +180,9 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    router: Annotated[Path, typer.Option(help="A trained router's folder.")],
+    router: Annotated[
+        Path, typer.Option(help="A trained router's folder, or a packaged router's name.")
+    ],
     model: Annotated[
         str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')
     ] = "smollm2",
@@ -213,12 +223,17 @@ def evaluate(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A published Flux Attention checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(help="A published Flux Attention checkpoint, or a router's folder.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder for the router.")],
+    dtype: Annotated[
+        DType, typer.Option(help="What its weights are stored in; it computes in float32.")
+    ] = DType.FLOAT32,
 ) -> None:
-    """Take the routers out of a published Flux Attention checkpoint."""
+    """Save the routers inside a published checkpoint, or a router once more in another dtype."""
     from fluxcompile.training import command
 
     with _errors_told():
-        router = command.convert(checkpoint, output)
+        router = command.convert(source, output, dtype.value)
     typer.echo(f"router of {len(router.layer_names)} layers: {output}")

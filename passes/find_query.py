@@ -72,6 +72,8 @@ class _Roles:
                 self._derive(node)
 
     def _derive(self, node: fx.Node) -> None:
+        if _is_metadata(value_of(node)):
+            return  # a hidden state's size (the length that positions count up to) holds no weight
         sources = node.all_input_nodes
         if any(source in self.activations for source in sources):
             self.activations.add(node)
@@ -99,6 +101,13 @@ class _Roles:
             and is_tensor(source)
             and value_of(source).dim() >= 2
         ]
+
+
+def _is_metadata(value: Any) -> bool:
+    """Sizes and the like: numbers, dtypes and devices, alone or several."""
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(_is_metadata, value))
+    return isinstance(value, int | float | torch.SymInt | torch.dtype | torch.device)
 
 
 def _query_before_rotary(query: fx.Node, roles: _Roles) -> fx.Node:

@@ -32,7 +32,7 @@ def features(
         spans = [span for size, span in ((prefix, beginning), (suffix, end)) if size]
     found = []
     for span in spans:
-        mean = torch.zeros(query.shape[1:])
+        mean = torch.zeros(query.shape[1:], device=query.device)
         for token in span:
             mean = mean + query[token].float() / len(span)
         found.append(mean.reshape(-1) if config.heads == "each" else mean.mean(dim=0))

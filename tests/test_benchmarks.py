@@ -204,6 +204,30 @@ def test_a_wrong_kernel_is_not_timed(measured, monkeypatch):
         measured.dense(setting)
 
 
+READ = """
+import torch
+from reading import is_whole, window_readers
+
+for keys, sink, local in ((300, 16, 100), (100, 16, 100)):
+    k, v = torch.randn(2, 1, 2, keys, 64, dtype=torch.float16)
+    whole = keys <= sink + local
+    window = [x if whole else torch.cat((x[:, :, :sink], x[:, :, -local:]), 2) for x in (k, v)]
+    reads = [reader(None, k, v) for reader in window_readers(sink, local)]
+    assert all(is_whole(read, *window) for read in reads)
+    window[1] = window[1].clone()
+    window[1][0, 0, -1, -1] += 1
+    assert not any(is_whole(read, *window) for read in reads)
+"""
+
+
+def test_readers_read_the_window():
+    """In Triton's interpreter."""
+    pytest.importorskip("triton")
+    paths = os.pathsep.join(path for path in (str(FOLDER), os.environ.get("PYTHONPATH")) if path)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", READ], check=True, env=environment)
+
+
 def test_verdicts(measured):
     row = measured.Measurement("k", 2e-3, 1e-3, achieved=1.2, bound=1.15, at_least=True)
     assert row.met

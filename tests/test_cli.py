@@ -7,22 +7,31 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fluxcompile
-from fluxcompile import backend, smollm2
+from fluxcompile import FluxConfig, FluxRouter, backend, packaged, smollm2
 from fluxcompile.cli import app
-from fluxcompile.demo import DemoSettings, layer_table, times_table
-from fluxcompile.errors import FluxError, OptionError
+from fluxcompile.demo import DemoSettings, run_demo
+from fluxcompile.demo.fixed import layer_table, times_table
+from fluxcompile.demo.prompts import routed_prompts
+from fluxcompile.demo.routed import answer_both, strip
+from fluxcompile.demo.session import Session, first_difference
+from fluxcompile.errors import DataError, FluxError, OptionError
 from fluxcompile.generation import Generation, greedy
 from fluxcompile.long_prompt import FACT, QUESTION, SECRET, long_prompt
+from tests.router_features import features
+from tests.router_models import tiny_llama
+from tests.training.byte_tokenizer import ByteTokenizer
 
 DEFAULTS = {
     "tokens": 700,
     "max_new_tokens": 4,
     "routes": "static",
     "router": None,
+    "seed": 0,
     "lowering": "eager",
     "device": "cpu",
     "dtype": None,
@@ -92,7 +101,19 @@ def test_settings_fill_in_defaults():
     assert settings.dtype is torch.float32
     assert settings.routes == smollm2.static_routes()
     assert [i for i, full in enumerate(settings.routes) if full] == [7, 17, 18, 20, 23]
-    assert "no trained router" in settings.route_note
+    assert settings.router is None
+
+
+@pytest.mark.parametrize("routes", [None, "router"])
+def test_the_packaged_router_decides_by_default(tmp_path, monkeypatch, routes):
+    monkeypatch.setattr(packaged, "DIRECTORY", tmp_path)
+    without = DemoSettings.create(**DEFAULTS | {"routes": routes})
+    assert without.routes == (routes or smollm2.static_routes())
+    assert ("untrained" if routes else "no trained router is packaged") in without.route_note
+    (tmp_path / "smollm2-135m").mkdir()
+    with_it = DemoSettings.create(**DEFAULTS | {"routes": routes})
+    assert (with_it.routes, with_it.router) == ("router", "smollm2-135m")
+    assert DemoSettings.create(**DEFAULTS).routes == smollm2.static_routes()
 
 
 @pytest.mark.parametrize(
@@ -104,9 +125,12 @@ def test_settings_pass_routes_on(routes, expected):
 
 
 def test_a_router_folder_means_router_routes(tmp_path):
-    assert DemoSettings.create(**DEFAULTS | {"router": tmp_path}).routes == "router"
-    with pytest.raises(OptionError, match="--router"):
-        DemoSettings.create(**DEFAULTS | {"router": tmp_path, "routes": "full"})
+    for routes in (None, "router"):
+        settings = DemoSettings.create(**DEFAULTS | {"router": tmp_path, "routes": routes})
+        assert (settings.routes, settings.router) == ("router", tmp_path)
+    for routes in ("full", "static"):
+        with pytest.raises(OptionError, match="--router"):
+            DemoSettings.create(**DEFAULTS | {"router": tmp_path, "routes": routes})
 
 
 class WordTokenizer:
@@ -175,8 +199,6 @@ def test_seconds_of_a_generation():
 
 
 def test_tables_show_every_layer_and_both_ways():
-    from rich.console import Console
-
     routes = fluxcompile.Routes(torch.tensor([[True, False]]), ("model.a", "model.b"))
     config = fluxcompile.FluxConfig(sink=4, local=8)
     run = Generation(tokens=(1, 2, 3), prefill=5.0, decode=1.0)
@@ -191,6 +213,85 @@ def test_tables_show_every_layer_and_both_ways():
         ["model.b", "sparse", "12"],
     ]
     assert "flux" in text
+
+
+@pytest.mark.parametrize("length", [1100, 2000])
+def test_the_two_prompts_are_of_one_length(length):
+    tokenizer = ByteTokenizer()
+    question, code = routed_prompts(tokenizer, length, seed=3)
+    assert question.length == code.length == length
+    ids, lead, answer = question.input_ids[0].tolist(), question.lead, question.answer
+    text = tokenizer.decode(ids)
+    assert text.count(answer) == 1
+    assert lead
+    assert text.endswith(lead)
+    fact_at = int(question.what.split("token ")[1].split()[0])
+    assert tokenizer.decode(ids[fact_at:]).startswith(f"\n{lead} {answer}")
+    assert (code.lead, code.answer) == ("", "")
+    again = routed_prompts(tokenizer, length, seed=3)
+    assert [p.input_ids.tolist() for p in again] == [p.input_ids.tolist() for p in (question, code)]
+    assert routed_prompts(tokenizer, length, seed=4)[0].answer != answer
+
+
+def test_prompts_that_are_too_short_are_refused():
+    with pytest.raises(DataError, match="length"):
+        routed_prompts(ByteTokenizer(), 300)
+
+
+def test_strip_and_first_difference():
+    assert strip([True, False] * 3 + [True]) == "FsFsF sF"
+    runs = [Generation(tokens, 1.0, 1.0) for tokens in ((1, 2), (1, 3), (1,))]
+    assert first_difference(runs[0], runs[0]) is None
+    assert first_difference(runs[0], runs[1]) == 1
+    assert first_difference(runs[0], runs[2]) == 1
+
+
+TOLD_APART = FluxConfig(sink=8, local=64, prefix_size=0, suffix_size=4, segments="separate")
+
+
+def tell_apart(router: FluxRouter, model: LlamaForCausalLM, prompts) -> None:
+    """Make the first layer's router send the first prompt to full attention, the second to sparse.
+
+    Its weights are nought but for one path, which measures where between the two a prompt is.
+    """
+    hidden = [
+        model.model.layers[0].input_layernorm(model.model.embed_tokens(prompt.input_ids))
+        for prompt in prompts
+    ]
+    queries = [model.model.layers[0].self_attn.q_proj(x)[0].unflatten(-1, (4, 16)) for x in hidden]
+    first, second = (features(q, [1] * len(q), TOLD_APART) for q in queries)
+    direction = (first - second) / (first - second).square().sum()
+    layer = router.layers[0]
+    for parameter in layer.parameters():
+        parameter.zero_()
+    layer.encoder[0].weight[0] = 200 * direction
+    layer.encoder[0].bias[0] = -100 * direction @ (first + second)  # ±100, SiLU of it: 100 or 0
+    layer.encoder[2].weight[0, 0] = layer.head[0].weight[0, 0] = layer.head[2].weight[0, 0] = 1
+    layer.head[4].weight[1, 0] = 1
+    layer.head[4].bias[1] = -50
+
+
+@torch.no_grad()
+def test_a_router_decides_for_two_prompts(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=259, num_hidden_layers=4, max_position_embeddings=4096)
+    monkeypatch.setattr(smollm2, "load", lambda *_: (copy.deepcopy(model), ByteTokenizer()))
+    router = FluxRouter.from_model(model, TOLD_APART)
+    tell_apart(router, model, routed_prompts(ByteTokenizer(), 1100))
+    router.layers[2].head[-1].bias.copy_(torch.tensor([4.0, 0.0]))
+    router.save_pretrained(tmp_path)
+    changes = {"routes": None, "router": tmp_path, "tokens": 1100}
+    assert run_demo(DemoSettings.create(**DEFAULTS | changes), Console(width=120))
+    out = capsys.readouterr().out
+    assert "decided by the router in" in out
+    assert "question, 1100 tokens: one fact hidden at token" in out
+    assert "Ω 0.25  FFsF" in out
+    assert "code, 1100 tokens: a module" in out
+    assert "Ω 0.50  sFsF" in out
+    assert out.count("wrong:") == 2, "a random model's answers, eager and compiled"
+    assert out.count("  tokens ") == 2
+    assert "Ω 0.25 for the question, 0.50 for the code: 0.25 apart, 1 of 4 layers" in out
+    assert "routes pinned to full: the same text as eager" in out
 
 
 needs_model = pytest.mark.skipif(
@@ -209,26 +310,57 @@ def first_layers():
 
 
 @needs_model
-@pytest.mark.parametrize(("routes", "omega"), [("1,0,1", "0.33"), ("router", "0.00")])
-def test_demo_runs_and_agrees_with_eager(monkeypatch, first_layers, routes, omega):
+def test_demo_runs_and_agrees_with_eager(monkeypatch, first_layers):
     model, tokenizer = first_layers
     monkeypatch.setattr(smollm2, "load", lambda *_: (copy.deepcopy(model), tokenizer))
     compile_graph = Mock(wraps=backend.compile_graph)
     monkeypatch.setattr(backend, "compile_graph", compile_graph)
-    result = run("demo", *SHORT, "--routes", routes)
+    result = run("demo", *SHORT, "--routes", "1,0,1")
     assert result.exit_code == 0, result.output
     assert compile_graph.call_count == 4, "prefill and decode, routed and pinned to full"
-    assert f"Ω = {omega}" in result.output
+    assert "Ω = 0.33" in result.output
     assert "the same text as eager" in result.output
     assert result.output.count("self_attn") == 3
+
+
+@needs_model
+def test_demo_with_a_router_compiles_once_for_both_prompts(monkeypatch, tmp_path, first_layers):
+    model, tokenizer = first_layers
+    monkeypatch.setattr(smollm2, "load", lambda *_: (copy.deepcopy(model), tokenizer))
+    router = FluxRouter.from_model(model, FluxConfig(sink=64, local=512))
+    with torch.no_grad():
+        router.layers[1].head[-1].bias.copy_(torch.tensor([4.0, 0.0]))
+    router.save_pretrained(tmp_path)
+    compile_graph = Mock(wraps=backend.compile_graph)
+    monkeypatch.setattr(backend, "compile_graph", compile_graph)
+    result = run("demo", *SHORT, "--router", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert compile_graph.call_count == 4, "prefill and decode, routed and pinned to full"
+    assert result.output.count("Ω 0.33  FsF") == 2
+    assert result.output.count("700 tokens") == 2
+    assert "the same text as eager" in result.output
 
 
 @needs_model
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo_runs_on_the_whole_model():
-    result = run("demo", *SHORT)
+    result = run("demo", *SHORT, "--routes", "static")
     assert result.exit_code == 0, result.output
     assert "Ω = 0.83" in result.output
     assert "the same text as eager" in result.output
     assert result.output.count("self_attn") == 30
+
+
+@needs_model
+@pytest.mark.skipif(not packaged.packaged_routers(), reason="no trained router is packaged")
+@pytest.mark.timeout(900)
+def test_the_packaged_router_routes_the_two_prompts_differently(capsys):
+    settings = DemoSettings.create(
+        **DEFAULTS | {"routes": None, "tokens": 3200, "max_new_tokens": 8}
+    )
+    question, code = answer_both(Session.start(settings, Console()))
+    assert abs(question.routes.omega - code.routes.omega) >= 0.1
+    assert question.prompt.answer in smollm2.load_tokenizer().decode(question.flux.tokens)
+    for outcome in (question, code):
+        assert outcome.pinned.tokens == outcome.eager.tokens

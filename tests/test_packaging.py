@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.router_models import random_router
+
 ROOT = Path(__file__).parents[1]
 TREES = {
     "fluxcompile": "fluxcompile",
@@ -51,14 +53,18 @@ def test_top_level_folders_are_mapped_into_the_package(pyproject):
 
 
 def test_wheel_holds_every_module_and_nothing_else(tmp_path):
+    sources = copy_of_sources(tmp_path / "src")
+    # Whatever routers there are; one at least.
+    random_router().save_pretrained(tmp_path / "src" / "fluxcompile" / "routers" / "made-up")
     # --no-build-isolation: no index is asked, setuptools comes with the `test` extra.
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", str(tmp_path), copy_of_sources(tmp_path / "src")],
+         "--wheel-dir", str(tmp_path), sources],
         check=True,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("fluxcompile-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     expected = {
         "/".join([*package.split("."), *file.relative_to(ROOT / folder).parts])
         for folder, package in TREES.items()
@@ -66,6 +72,14 @@ def test_wheel_holds_every_module_and_nothing_else(tmp_path):
     }
     assert {n for n in names if n.endswith(".py")} == expected
     assert "fluxcompile/py.typed" in names
+    routers = tmp_path / "src" / "fluxcompile" / "routers"
+    packed = {name for name in names if name.startswith("fluxcompile/routers/")}
+    assert packed == {
+        f"fluxcompile/routers/{file.relative_to(routers)}" for file in routers.glob("*/*")
+    }
+    assert len(packed) >= 3
+    for name in packed:
+        assert archive.read(name) == (tmp_path / "src" / name).read_bytes()
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

@@ -102,6 +102,46 @@ def test_round_trip_of_a_router_that_reads_more(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_stored_in_half_the_size(tmp_path, dtype):
+    router = extended_router()
+    router.save_pretrained(tmp_path / "exact")
+    router.save_pretrained(tmp_path / "half", dtype=dtype)
+    stored = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    loaded = FluxRouter.from_pretrained(tmp_path / "half")
+    for name, tensor in router.state_dict().items():
+        standardising = name.endswith(("feature_mean", "feature_deviation"))
+        assert stored[name].dtype == (torch.float32 if standardising else dtype)
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.to(stored[name].dtype).float())
+    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("exact", "half")]
+    assert sizes[1] < 0.7 * sizes[0]  # the rest is the header, of so small a router
+    loaded.save_pretrained(tmp_path / "again", dtype=dtype)
+    assert contents(tmp_path / "again") == contents(tmp_path / "half")
+
+
+def test_rounded_buffers_and_what_was_rounded_away_are_refused(tmp_path):
+    router = extended_router()
+    router.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state["layers.0.feature_mean"] = state["layers.0.feature_mean"].bfloat16()
+    put_state(tmp_path, state)
+    refused(tmp_path, "layers.0.feature_mean", "(24,)", "torch.bfloat16")
+    router.layers[0].head[0].bias.data[2] = 1e5  # beyond fp16
+    router.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(RouterError, match=r"layers.0.head.0.bias.*finite"):
+        router.save_pretrained(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bfloat16", None])
+def test_other_storage_is_refused(tmp_path, dtype):
+    with pytest.raises(
+        RouterError, match=r"dtype: expected one of torch\.float32 or torch\.bfloat16"
+    ):
+        random_router().save_pretrained(tmp_path, dtype=dtype)
+    assert contents(tmp_path) == {}
+
+
 def test_damage_to_a_router_that_reads_more(tmp_path):
     extended_router().save_pretrained(tmp_path)
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -146,6 +186,11 @@ def test_card_of_a_nameless_base_model(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
 
 
+def test_card_says_which_weights_it_was_trained_against(tmp_path):
+    random_router().save_pretrained(tmp_path, model_card_kwargs={"trained_against": "these"})
+    assert "trained against these." in (tmp_path / "README.md").read_text()
+
+
 def test_push_to_hub_uploads_the_three_files(monkeypatch):
     uploaded = {}
 
@@ -168,6 +213,8 @@ def test_save_then_push(tmp_path, monkeypatch):
     random_router().save_pretrained(tmp_path / "name", push_to_hub=True)
     random_router().save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/router")
     assert pushed == ["name", "me/router"]
+    with pytest.raises(RouterError, match="save, then upload the folder"):
+        random_router().save_pretrained(tmp_path / "b", push_to_hub=True, dtype=torch.bfloat16)
 
 
 def test_hub_id_is_downloaded(saved, monkeypatch):
@@ -208,7 +255,7 @@ def test_nowhere(name, tmp_path, monkeypatch):
 
 def test_a_file_is_no_directory(saved):
     directory, _ = saved
-    with pytest.raises(RouterError, match="expected a directory or owner/name, got a file"):
+    with pytest.raises(RouterError, match=r"expected a directory, owner/name or .*, got a file"):
         FluxRouter.from_pretrained(directory / "model.safetensors")
 
 
@@ -330,11 +377,29 @@ def test_wrong_shape(saved):
     refused(directory, "layers.0.encoder.0.weight", "(32, 4) torch.float32", "(4, 32)")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn], ids=str)
 def test_wrong_dtype(saved, dtype):
     directory, router = saved
     put_state(directory, {name: tensor.to(dtype) for name, tensor in router.state_dict().items()})
-    refused(directory, "torch.float32 (head_dim 4)", str(dtype))
+    refused(directory, "torch.float32 or torch.bfloat16 or torch.float16", str(dtype))
+
+
+def test_weights_of_two_dtypes(saved):
+    directory, router = saved
+    state = router.state_dict()
+    state["layers.1.head.0.bias"] = state["layers.1.head.0.bias"].bfloat16()
+    put_state(directory, state)
+    refused(directory, "layers.1.head.0.bias", "torch.float32 (head_dim 4)", "torch.bfloat16")
+
+
+@pytest.mark.parametrize("name", ["F31", "BF17", "", "C64"])
+def test_a_dtype_that_does_not_exist(saved, name):
+    directory, _ = saved
+    data = (directory / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"F32"', f'"{name}"'.encode(), 1)
+    put_weights(directory, len(header).to_bytes(8, "little") + header + data[8 + size :])
+    refused(directory, "a safetensors file")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -354,7 +419,7 @@ def test_bad_weights_are_not_loaded(saved, value):
         ({"format_version": 2}, ["format_version", "expected 1", "got 2"]),
         ({"format_version": True}, ["expected 1", "got True"]),
         ({"format_version": "1"}, ["expected 1", "got '1'"]),
-        ({"head_dim": 8}, ["(64, 8) torch.float32 (head_dim 8)", "(32, 4)"]),
+        ({"head_dim": 8}, ["(64, 8) torch.float32", "(head_dim 8)", "(32, 4)"]),
         ({"head_dim": 10**15}, ["head_dim 1000000000000000"]),
         ({"head_dim": "4"}, ["config.json", "head_dim", "an int >= 1", "'4'"]),
         ({"layer_names": ["a"]}, ["the 10 of 1 layers", "20", "unknown"]),

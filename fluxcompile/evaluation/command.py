@@ -18,6 +18,7 @@ from fluxcompile.evaluation.compare import judged, omega, relative
 from fluxcompile.evaluation.evaluate import Results, evaluate
 from fluxcompile.evaluation.intervals import Estimate
 from fluxcompile.evaluation.prompts import METRICS, builtin_prompts, check_lengths
+from fluxcompile.packaged import PACKAGED, packaged_directory
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.command import load_model
 from fluxcompile.training.data import FORMS
@@ -29,7 +30,7 @@ class EvalSettings:
 
     Attributes:
         model: ``"smollm2"``, or what ``AutoModelForCausalLM.from_pretrained`` takes.
-        router: directory of the router.
+        router: directory of the router, or the name of a packaged one.
         lengths: tokens of prompt and answer together.
         tasks: forms of the built-in mixture.
         examples: prompts a task and length.
@@ -54,8 +55,9 @@ class EvalSettings:
         known = [*METRICS, *FORMS]
         if unknown := [task for task in self.tasks if task not in known]:
             raise OptionError.mismatch("--task", f"some of {known}", unknown)
-        if not self.router.is_dir():
-            raise RouterError.mismatch("--router", "a router's folder", repr(str(self.router)))
+        if not self.router.is_dir() and packaged_directory(self.router) is None:
+            known = f"a router's folder or one of {list(PACKAGED)}"
+            raise RouterError.mismatch("--router", known, repr(str(self.router)))
 
 
 def run_eval(settings: EvalSettings, console: Console | None = None) -> dict[str, Results]:

@@ -67,7 +67,7 @@ class Adapted(RoutedModule):
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss`` and
             ``routed_sparsity``, the share of layers that ran sparse.
         """
-        lm_loss, shares, _ = self.rows(
+        lm_loss, _, shares, _ = self.rows(
             input_ids, attention_mask, labels, prompt_length=prompt_length
         )
         return {

@@ -33,6 +33,11 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         temperature_anneal: share of the steps over which τ goes linearly from one to the other.
         hardness: how far the mixture is drawn to hard routes (see
             :class:`fluxcompile.SoftRoutes`) once annealed, from 0 over the same steps as τ.
+        distillation: share of the Kullback-Leibler divergence from the same model with full
+            attention, at the same tokens, in what the routers minimise; the rest is the
+            language-model loss, which is all of it in the paper. What full attention gets wrong
+            says nothing of routes, and is noise in the one but not in the other; it costs one more
+            forward pass.
         multiplier_init: first value of every λ1 and λ2.
         full_bias: of a router that is created for the run, the logit of full attention before it
             has learnt anything; the other logit is 0.
@@ -65,6 +70,9 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     hardness: float = field(
         default=0.0, metadata={"help": "Hard routes' share of the mixture once annealed."}
     )
+    distillation: float = field(
+        default=0.0, metadata={"help": "Share of the divergence from full attention in the loss."}
+    )
     multiplier_init: float = field(
         default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
     )
@@ -84,6 +92,7 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         "multiplier_learning_rate",
         "multiplier_init",
         "hardness",
+        "distillation",
     )
 
     def check_values(self) -> None:
@@ -93,8 +102,10 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         number = isinstance(bias, int | float) and not isinstance(bias, bool)
         if not number or not math.isfinite(bias):
             raise ConfigError.mismatch("full_bias", "a finite number", f"{bias!r}")
-        if not 0 <= self.hardness <= 1:
-            raise ConfigError.mismatch("hardness", "a number in [0, 1]", f"{self.hardness!r}")
+        for name in ("hardness", "distillation"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError.mismatch(name, "a number in [0, 1]", f"{value!r}")
         self.temperatures()
 
     def temperatures(self) -> TemperatureSchedule:

@@ -48,9 +48,11 @@ def entropy_routes(
     tasks: Mapping[str, float | str] | None = None,
     max_length: int = 65536,
 ) -> Routes:
-    """Sparse where the layer's input has the least matrix entropy (arXiv 2604.07394, App. C).
+    """Sparse where the layer's input has the least matrix-based entropy.
 
-    See :func:`matrix_entropies`; equal ones go by the order of the layers.
+    The kind of static baseline that Flux Attention compares with (arXiv 2604.07394, App. C). The
+    entropy is the general one that :func:`matrix_entropies` defines; that it is the paper's to the
+    letter has not been checked. Equal ones go by the order of the layers.
 
     Args:
         model: a causal language model; run eagerly, one example at a time.
@@ -82,6 +84,14 @@ def matrix_entropies(model: nn.Module, prompts: Sequence[torch.Tensor]) -> list[
     a share of the greatest possible, ``log min(S, D)``: 0 if all tokens point the same way, 1 if
     they spread over every direction alike. A low one says that the tokens have little of their own
     that a token far away could need.
+
+    This is the matrix-based Rényi entropy of Sánchez Giraldo, Rao and Príncipe (arXiv 1211.2459),
+    ``A_ij = K_ij / (S √(K_ii K_jj))`` and ``S_α = log tr(A^α) / (1 - α)``, with the linear kernel
+    and in the limit ``α → 1``, where it is von Neumann's. It is taken of every prompt by itself and
+    divided by its maximum as Skean et al. do for layers of language models (arXiv 2502.02013, there
+    without the scaling to unit length; these states come out of a norm, and nearly have it). Matrix
+    entropy as Wei et al. define it (arXiv 2401.17139) subtracts the mean state first; here the
+    direction that all tokens share counts.
 
     Args:
         model: in whatever mode; run eagerly, in eval mode.

@@ -1,4 +1,4 @@
-"""Cross entropy at the target tokens without the logits of a whole sequence in memory.
+"""Losses at the target tokens without the logits of a whole sequence in memory.
 
 Logits are the largest tensor of a training step: 64K tokens of a 128K vocabulary are 32 GiB in
 fp32. Only tokens with a label need them, and of those only a chunk at a time, if the backward pass
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a label that is no target, as everywhere in transformers
@@ -37,28 +37,52 @@ class Targets(NamedTuple):
         return cls(rows, positions, labels[rows, positions + 1])
 
 
+class TokenLosses(NamedTuple):
+    """Of each target token, fp32 ``[N]``.
+
+    Attributes:
+        cross_entropy: of the token.
+        divergence: Kullback-Leibler, from the teacher's prediction to this one's; zeros without a
+            teacher.
+    """
+
+    cross_entropy: torch.Tensor
+    divergence: torch.Tensor
+
+
 def token_losses(
-    hidden: torch.Tensor, tokens: torch.Tensor, head: Head, chunk: int
-) -> torch.Tensor:
-    """Cross entropy of each target token.
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    head: Head,
+    chunk: int,
+    teacher: torch.Tensor | None = None,
+) -> TokenLosses:
+    """Losses of each target token.
 
     Args:
         hidden: ``[N, D]``, hidden states at the predicting positions.
         tokens: int64 ``[N]``, what they should predict.
         head: hidden states to logits; its own parameters get gradients if they want any.
         chunk: tokens a chunk.
-
-    Returns:
-        fp32 ``[N]``.
+        teacher: ``[N, D]``, hidden states of a model to agree with, at the same positions.
     """
     if not len(tokens):
-        return hidden.sum(dim=1).float()  # empty, and still part of the graph
-    pieces = [
-        checkpoint(_cross_entropy, part, target, head, use_reentrant=False)
-        for part, target in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
-    ]
-    return torch.cat(pieces)
+        empty = hidden.sum(dim=1).float()  # still part of the graph
+        return TokenLosses(empty, torch.zeros_like(empty))
+    teachers = [None] * -(-len(tokens) // chunk) if teacher is None else teacher.split(chunk)
+    parts = zip(hidden.split(chunk), tokens.split(chunk), teachers, strict=True)
+    pieces = [checkpoint(_losses, *part, head, use_reentrant=False) for part in parts]
+    return TokenLosses(*map(torch.cat, zip(*pieces, strict=True)))
 
 
-def _cross_entropy(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> torch.Tensor:
-    return cross_entropy(head(hidden).float(), tokens, reduction="none")
+def _losses(
+    hidden: torch.Tensor, tokens: torch.Tensor, teacher: torch.Tensor | None, head: Head
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = head(hidden).float()
+    losses = cross_entropy(logits, tokens, reduction="none")
+    if teacher is None:
+        return losses, torch.zeros_like(losses)
+    with torch.no_grad():
+        wanted = log_softmax(head(teacher).float(), dim=-1)
+    found = log_softmax(logits, dim=-1)
+    return losses, kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)

@@ -1,6 +1,7 @@
 """``fluxcompile train`` and ``fluxcompile convert``: paths and words in, a router directory out."""
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxcompile import router_io
+from fluxcompile.atomic import write_all
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, DataError, TrainingError
 from fluxcompile.router import FluxRouter
@@ -70,13 +73,20 @@ def train(
     cpu = cpu or not torch.cuda.is_available()
     if data != BUILT_IN and not Path(data).is_file():
         raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
+    card = {"trained_on": f"rows of `{Path(data).name}`"}
+    if model == SMOLLM2:
+        from fluxcompile import smollm2
+
+        card["trained_against"] = smollm2.WEIGHTS
     loaded, tokenizer = load_model(model, dtype or ("float32" if cpu else "bfloat16"))
     if data == BUILT_IN:
         if tokenizer is None:
             raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
         count = examples or max(64, 2 * known.get("batch_size", 48))
-        seed = known.get("seed", 0)
-        rows = builtin_mixture(tokenizer, **{"seed": seed} | recipe, examples=count)
+        recipe = {"seed": known.get("seed", 0), "examples": count} | recipe
+        rows = builtin_mixture(tokenizer, **recipe)
+        words = ", ".join(f"{name}={value!r}" for name, value in recipe.items())
+        card["trained_on"] = f"`builtin_mixture({words})` of Python {platform.python_version()}"
     else:
         rows = read_jsonl(Path(data))
     return train_router(
@@ -86,18 +96,34 @@ def train(
         tasks=targets or None,
         config=flux_config,
         output_dir=output,
+        model_card_kwargs=card,
         **{"use_cpu": cpu} | known,
     )
 
 
-def convert(checkpoint: Path, output: Path) -> FluxRouter:
-    """Save the routers inside a published Flux Attention checkpoint as a router of their own.
+def convert(source: Path, output: Path, dtype: str = "float32") -> FluxRouter:
+    """Save the routers of a published Flux Attention checkpoint, or a saved router, in ``dtype``.
+
+    A saved router keeps its model card; checkpoints of its training are left behind.
+
+    Args:
+        source: directory of either.
+        output: directory of the router.
+        dtype: of the stored weights, see :meth:`FluxRouter.save_pretrained`.
 
     Raises:
-        RouterError: ``checkpoint`` is not one, or its routers are incomplete.
+        RouterError: ``source`` is neither, or its routers are incomplete.
     """
-    router = FluxRouter.from_fluxattention(checkpoint)
-    router.save_pretrained(output)
+    if not router_io.is_saved_router(source):
+        router = FluxRouter.from_fluxattention(source)
+        router.save_pretrained(output, dtype=getattr(torch, dtype))
+        return router
+    router = FluxRouter.from_pretrained(source)
+    card = source / router_io.CARD_FILE
+    if card.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        write_all({output / router_io.CARD_FILE: card.read_bytes()})
+    router.save_pretrained(output, dtype=getattr(torch, dtype))
     return router
 
 

@@ -15,7 +15,7 @@ from fluxcompile.training.batching import TaskBalancedSampler
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.examples import Example
 from fluxcompile.training.safeguard import Safeguard
-from fluxcompile.training.sampling import RunSampler
+from fluxcompile.training.sampling import ByLengthInStep, RunSampler
 from fluxcompile.training.statistics import Statistics
 
 
@@ -94,11 +94,16 @@ class CompiledTrainer(Trainer):
             logs["grad_norm"] = self.safeguard.grad_norm
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RunSampler:
+    def run_order(self) -> RunSampler:
+        """Examples step after step, the tasks in turn: the same on every process."""
         tasks = [example.task for example in self.train_dataset]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         length = self.args.max_steps * self.args.batch_size
         return RunSampler(TaskBalancedSampler(tasks, seed), length)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLengthInStep:
+        lengths = [len(example) for example in self.train_dataset]
+        return ByLengthInStep(self.run_order(), self.args.batch_size, lengths)
 
     # Checkpoints: `_save_checkpoint` writes one of the stock layout, with our state as its model.
 

@@ -26,8 +26,8 @@ def encode(row: Mapping, tokenizer, where: str) -> tuple[torch.Tensor, torch.Ten
     Args:
         row: exactly one of ``input_ids``, ``text`` and ``messages``; perhaps ``labels``, which
             replace the labels that the content implies; and perhaps ``prompt_length``, where the
-            answer begins, with ``lead_length``, how many of the tokens before it are the answer's
-            own beginning and therefore not the prompt's.
+            answer begins, with ``unread_length``, how many of the tokens before it the router does
+            not read: an answer's own beginning, say.
         tokenizer: of the model to train; may be None if every row has ``input_ids``.
         where: the row's position, which starts every error message.
 
@@ -70,12 +70,12 @@ def _prompt_length(row: Mapping, length: int, where: str) -> int | None:
         raise DataError.mismatch(
             f"{where}: prompt_length", f"an int from 1 to {length} tokens", row["prompt_length"]
         )
-    lead = 0 if row.get("lead_length") is None else _integer(row["lead_length"])
-    if lead is None or not 0 <= lead < prompt:
+    unread = 0 if row.get("unread_length") is None else _integer(row["unread_length"])
+    if unread is None or not 0 <= unread < prompt:
         raise DataError.mismatch(
-            f"{where}: lead_length", f"an int from 0 to {prompt - 1}", row["lead_length"]
+            f"{where}: unread_length", f"an int from 0 to {prompt - 1}", row["unread_length"]
         )
-    return prompt - lead
+    return prompt - unread
 
 
 def _integer(value: Any) -> int | None:

@@ -1,8 +1,8 @@
 """Checked examples from whatever the caller has, before any hour is spent on them.
 
 **Packing.** The method makes one routing decision a row, so a row never mixes tasks, and mixes
-documents only where asked. Padding is bounded by batching rows of similar length instead
-(:mod:`fluxcompile.training.batching`). What happens to a document's length here:
+documents only where asked. What bounds padding is that a step's rows of similar length run together
+(:class:`fluxcompile.training.sampling.ByLengthInStep`). What happens to a document's length here:
 
 - longer than ``max_length``: a holistic document is cut into consecutive pieces, none of which
   crosses into another document; a last piece shorter than ``min_length`` is dropped. Documents
@@ -79,7 +79,7 @@ def prepare(
     Args:
         data: a ``datasets.Dataset``, a list, or any iterable of mappings with one of
             ``input_ids``, ``text`` and ``messages``, a ``task``, and perhaps ``labels``,
-            ``prompt_length`` and ``lead_length`` (see
+            ``prompt_length`` and ``unread_length`` (see
             :func:`fluxcompile.training.encoding.encode`). Other keys are ignored. It is read once
             and held in memory: 8 bytes a token, 16 with labels.
         tokenizer: needed for ``text`` and ``messages``.

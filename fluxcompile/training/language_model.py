@@ -14,7 +14,7 @@ from torch import nn
 
 from fluxcompile.errors import FluxWarning
 from fluxcompile.model_layers import text_config
-from fluxcompile.training.chunked_loss import Head, Targets, token_losses
+from fluxcompile.training.chunked_loss import Head, Targets, TokenLosses, token_losses
 
 _CHECKED_TOKENS = 32
 _TOLERANCE = 1e-3  # of a loss; the two ways run the same arithmetic on differently shaped tensors
@@ -53,8 +53,9 @@ class LanguageModel:
     def losses(
         self, run: Callable[..., Any], input_ids: torch.Tensor, mask: torch.Tensor | None,
         targets: Targets, chunk: int,
-    ) -> torch.Tensor:  # fmt: skip
-        """Cross entropy of each target, fp32 ``[N]``.
+        teacher: torch.Tensor | None = None,
+    ) -> TokenLosses:  # fmt: skip
+        """Losses of each target.
 
         Args:
             run: ``body``, or what ``torch.compile`` made of it.
@@ -63,11 +64,19 @@ class LanguageModel:
                 row all are: nothing has padded it.
             targets: from the labels of the batch.
             chunk: targets whose logits exist at one time.
+            teacher: ``[N, D]``, what :meth:`target_states` gives of a model to agree with.
         """
+        picked = self.target_states(run, input_ids, mask, targets)
+        return token_losses(picked, targets.tokens, self.to_logits, chunk, teacher)
+
+    def target_states(
+        self, run: Callable[..., Any], input_ids: torch.Tensor, mask: torch.Tensor | None,
+        targets: Targets,
+    ) -> torch.Tensor:  # fmt: skip
+        """What ``to_logits`` takes, at the positions that predict ``targets``: ``[N, D]``."""
         mask = None if len(input_ids) == 1 else mask
         states = self.states(run(input_ids, attention_mask=mask, use_cache=False))
-        picked = states[targets.rows, targets.positions]
-        return token_losses(picked, targets.tokens, self.to_logits, chunk)
+        return states[targets.rows, targets.positions]
 
     @torch.no_grad()
     def checked(self, model: nn.Module, input_ids: torch.Tensor | None = None) -> "LanguageModel":
@@ -85,8 +94,8 @@ class LanguageModel:
         ids = input_ids[:, :_CHECKED_TOKENS]
         mask, targets = torch.ones_like(ids), Targets.of(ids)
         whole = LanguageModel(model, None)
-        expected = whole.losses(model, ids, mask, targets, len(targets.tokens))
-        found = self.losses(self.body, ids, mask, targets, len(targets.tokens))
+        expected, _ = whole.losses(model, ids, mask, targets, len(targets.tokens))
+        found, _ = self.losses(self.body, ids, mask, targets, len(targets.tokens))
         if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
             return self
         warnings.warn(

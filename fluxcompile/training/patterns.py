@@ -78,7 +78,7 @@ class PatternLoss(PatternGraph):
         for example in examples:
             ids, labels = (x[None].to(self.device) for x in (example.input_ids, example.labels))
             with soft_routes(self.router, noise=noise):
-                losses = self.language_model.losses(
+                losses, _ = self.language_model.losses(
                     self.run, ids, torch.ones_like(ids), Targets.of(labels), _CHUNK
                 )
             total += float(losses.mean())

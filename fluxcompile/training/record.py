@@ -28,6 +28,7 @@ _ARGUMENTS = (
     "temperature_end",
     "temperature_anneal",
     "hardness",
+    "distillation",
     "max_length",
     "seed",
 )
@@ -41,6 +42,7 @@ def write_card(
     arguments: Mapping[str, Any],
     state: transformers.TrainerState,
     examples: int,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Save ``router`` with a card that says how it was trained, in place of an earlier one.
 
@@ -51,6 +53,7 @@ def write_card(
         arguments: every training argument by name.
         state: of the finished trainer.
         examples: number of training examples.
+        more: values for the card's template.
     """
     router.save_pretrained(directory)
     training = {
@@ -61,7 +64,7 @@ def write_card(
         "tasks": [_row(task, _last(state)) for task in tasks.values()],
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    card = router.generate_model_card(training=training)
+    card = router.generate_model_card(**{"training": training} | dict(more or {}))
     write_all({directory / CARD_FILE: str(card).encode()})
 
 

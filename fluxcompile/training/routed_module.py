@@ -18,11 +18,14 @@ class Rows(NamedTuple):
 
     Attributes:
         lm_loss: ``[B]``, mean cross entropy over the row's targets.
+        divergence: ``[B]``, mean divergence from full attention's predictions of them; zeros
+            unless asked for.
         shares: fp32 ``[B, R]``, share of full attention of the layers that can be sparse at all.
         routed: bool ``[L]``, which layers these are.
     """
 
     lm_loss: torch.Tensor
+    divergence: torch.Tensor
     shares: torch.Tensor
     routed: torch.Tensor
 
@@ -56,18 +59,27 @@ class RoutedModule(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
+        distil: bool = False,
         **routing: Any,
     ) -> Rows:
         """Run a batch, shapes as :meth:`Trainee.forward` takes them.
 
         Args:
+            distil: compare with full attention too, which is one more forward pass.
             routing: settings of :func:`fluxcompile.soft_routes`.
         """
         language_model, run = self._language_model
         targets = Targets.of(labels)
+        teacher = None
+        if distil:
+            with torch.no_grad():  # the decoder itself, not compiled: full attention
+                teacher = language_model.target_states(
+                    language_model.body, input_ids, attention_mask, targets
+                )
         with soft_routes(self.router, **routing) as routes:
             losses = language_model.losses(
-                run, input_ids, attention_mask, targets, self.logits_chunk
+                run, input_ids, attention_mask, targets, self.logits_chunk, teacher
             )
             shares, routed = routes.shares(), routes.routed
-        return Rows(row_means(losses, targets.rows, len(input_ids)), shares[:, routed], routed)
+        means = [row_means(values, targets.rows, len(input_ids)) for values in losses]
+        return Rows(*means, shares[:, routed], routed)

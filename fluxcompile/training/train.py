@@ -40,6 +40,7 @@ def train_router(
     config: FluxConfig | None = None,
     router: FluxRouter | None = None,
     output_dir: str | Path | None = None,
+    model_card_kwargs: Mapping[str, Any] | None = None,
     **training_arguments: Any,
 ) -> FluxRouter:
     """Train layer routers for ``model``, whose own weights stay as they are.
@@ -57,6 +58,8 @@ def train_router(
         config: settings of the routed attention, for a new router.
         router: go on training this one, in place; it has its own config.
         output_dir: checkpoints and the finished router go there. None keeps nothing on disk.
+        model_card_kwargs: more values for the template of the router's card, ``trained_on`` say:
+            see :mod:`fluxcompile.model_card`.
         training_arguments: see :class:`fluxcompile.training.RouterTrainingArguments`, whose
             defaults are the paper's.
 
@@ -97,7 +100,10 @@ def train_router(
                 trainer.train(resume_from_checkpoint=resume)
         router.cpu().eval().requires_grad_(True)
         if output_dir is not None and trainer.args.should_save:
-            write_card(router, Path(output_dir), present, settings, trainer.state, len(examples))
+            write_card(
+                *(router, Path(output_dir), present, settings, trainer.state, len(examples)),
+                model_card_kwargs,
+            )
         barrier()  # whoever returns finds the router in place
     return router
 

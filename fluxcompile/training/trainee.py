@@ -71,6 +71,7 @@ class Trainee(RoutedModule):
         temperature: float,
         prompt_length: torch.Tensor | None = None,
         hardness: float = 0.0,
+        distillation: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Objective of one batch.
 
@@ -84,25 +85,31 @@ class Trainee(RoutedModule):
             prompt_length: int64 ``[B]``, how many of a row's tokens the routers may read; None for
                 all.
             hardness: how far the mixture is drawn to hard routes.
+            distillation: share of the divergence from full attention in what is descended; the
+                rest is the language-model loss.
 
         Returns:
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss``,
+            ``divergence`` (zeros without distillation),
             ``sparsity`` (soft, what the constraint sees), ``routed_sparsity`` (argmax, what
             inference does). Both are means over the layers that can be sparse at all.
         """
-        lm_loss, shares, routed = self.rows(
+        lm_loss, divergence, shares, routed = self.rows(
             input_ids,
             attention_mask,
             labels,
+            distil=distillation > 0,
             temperature=temperature,
             noise=noise,
             prompt_length=prompt_length,
             hardness=hardness,
         )
         term = sparsity_term(shares, *self.multipliers.of(task_id))
+        fit = lm_loss + distillation * (divergence - lm_loss)
         return {
-            "loss": (lm_loss + term.penalty).mean(),
+            "loss": (fit + term.penalty).mean(),
             "lm_loss": lm_loss.detach(),
+            "divergence": divergence.detach(),
             "sparsity": term.sparsity.detach(),
             "routed_sparsity": routed_sparsity(shares, noise[:, routed], temperature),
         }

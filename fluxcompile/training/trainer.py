@@ -15,7 +15,7 @@ from fluxcompile.training.noise import gumbel_noise
 from fluxcompile.training.safeguard import Safeguard
 from fluxcompile.training.trainee import Trainee
 
-_COLUMNS = ("lm_loss", "sparsity", "routed_sparsity")
+_COLUMNS = ("lm_loss", "sparsity", "routed_sparsity")  # and, if it is trained on: the divergence
 
 
 class RouterTrainer(CompiledTrainer):
@@ -47,7 +47,8 @@ class RouterTrainer(CompiledTrainer):
             arguments.max_grad_norm,
             after_step=trainee.multipliers.project,
         )
-        super().__init__(trainee, arguments, examples, tasks, collator, _COLUMNS, safeguard)
+        columns = (*_COLUMNS, "divergence") if arguments.distillation else _COLUMNS
+        super().__init__(trainee, arguments, examples, tasks, collator, columns, safeguard)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: the routers' matrices decay, their biases do not; the multipliers ascend."""
@@ -78,7 +79,7 @@ class RouterTrainer(CompiledTrainer):
         The examples are the first ones of the run, each task equally often; the processes share
         them, and all get the same result.
         """
-        order = list(self._get_train_sampler())[:rows]
+        order = list(self.run_order())[:rows]
         mine = order[self.args.process_index :: self.args.world_size]
         size = self.args.per_device_train_batch_size
         batches = (
@@ -89,12 +90,13 @@ class RouterTrainer(CompiledTrainer):
             self.trainee.calibrate(batches)
 
     def forward_arguments(self, index: torch.Tensor) -> dict[str, Any]:
-        """Noise, temperature and hardness of this step."""
+        """Noise, temperature and hardness of this step, and what is descended."""
         step, layers = self.state.global_step, len(self.trainee.router.layer_names)
         return {
             "noise": gumbel_noise(self.args.seed, step, index, layers),
             "temperature": self.temperatures(step),
             "hardness": self.args.hardness * self.temperatures.progress(step),
+            "distillation": self.args.distillation,
         }
 
     def logged(self) -> dict[str, float]:

@@ -24,7 +24,10 @@ from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row, keep_above, ke
 
 #: tokens a block that the kernel serves: its tile of queries and its step of keys
 BLOCK = BLOCK_M
-CHUNK = 8  # neighbouring tiles a program: a sparse row's tiles are short
+MAX_CHUNK = 8  # neighbouring tiles a program: a sparse row's tiles are short
+# Programs for each multiprocessor that are worth more than longer chunks: tiles are of very unequal
+# length, and a program too many that starts last keeps all others waiting.
+_TURNS = 6
 
 
 @aggregate
@@ -154,7 +157,7 @@ def attention_kernel(
     HEADS: gl.constexpr, GROUP: gl.constexpr, MASK_HEADS: gl.constexpr, BLOCK: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_WINDOW: gl.constexpr,
-    CHUNK: gl.constexpr,
+    CHUNK: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Attend from each query block over its list of KV blocks."""
     keys = Keys(p_bounds, p_q_start, n_queries, n_keys, HAS_BOUNDS, HAS_Q_START)
@@ -162,7 +165,7 @@ def attention_kernel(
         keys, p_list, p_count, n_batch, n_query_blocks, n_key_blocks, window, score_scale,
         HEADS, GROUP, MASK_HEADS, BLOCK, BLOCK_D, STAGES, HAS_WINDOW,
     )  # fmt: skip
-    serve(problem, d_q, d_k, d_v, d_out, CHUNK)
+    serve(problem, d_q, d_k, d_v, d_out, CHUNK, AHEAD)
 
 
 def attention(
@@ -177,6 +180,8 @@ def attention(
     window: int,
     scale: float,
     config: Config | None = None,
+    chunk: int | None = None,
+    ahead: bool = True,
 ) -> Tensor:
     """Launch the lists and the kernel without reading device data; blocks of :data:`BLOCK` tokens.
 
@@ -185,6 +190,9 @@ def attention(
             operands see :mod:`fluxcompile.kernels.ops`.
         block_mask: bool ``[B|1, H|1, ceil(Sq / BLOCK), ceil(Skv / BLOCK)]``.
         bounds: each row has a block of valid keys or more; None: every key is valid.
+        config: tile sizes; None: the ones of ``streaming/hopper.py``.
+        chunk: neighbouring tiles a program; None: see :func:`choose_chunk`.
+        ahead: whether a tile's operands are loaded while the one before is being finished.
 
     Returns:
         ``[B, Sq, H, D]``.
@@ -198,8 +206,11 @@ def attention(
         q, k, block_mask, bounds, q_start, route, block=BLOCK, window=window
     )
     mask_heads, query_blocks, key_blocks = lists.shape[1:]
+    tiles = heads * batch * query_blocks
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    chunk = chunk or choose_chunk(tiles, sms)
     with torch.cuda.device_of(q):
-        attention_kernel[(triton.cdiv(heads * batch * query_blocks, CHUNK),)](
+        attention_kernel[(triton.cdiv(tiles, chunk),)](
             *descriptors(q, k, v, out, BLOCK), lists, counts,
             q if bounds is None else bounds.contiguous(),
             q if q_start is None else q_start,
@@ -208,7 +219,13 @@ def attention(
             HEADS=heads, GROUP=heads // k.shape[1], MASK_HEADS=mask_heads, BLOCK=BLOCK,
             BLOCK_D=head_dim, STAGES=config.stages,
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
-            HAS_WINDOW=window > 0, CHUNK=CHUNK,
+            HAS_WINDOW=window > 0, CHUNK=chunk, AHEAD=ahead,
             num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return out
+
+
+def choose_chunk(tiles: int, sms: int) -> int:
+    """Tiles a program, a power of two: as many as leave each multiprocessor several programs."""
+    most = max(1, min(tiles // (_TURNS * sms), MAX_CHUNK))
+    return 1 << (most.bit_length() - 1)

@@ -101,21 +101,30 @@ def _turns(problem, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def _load(problem, channels, d_q, d_k, d_v, CHUNK: gl.constexpr):
-    """Fill shared memory, always as far ahead as there is room."""
+def _load_queries(problem, channels, d_q, tile, phase):
+    """Fill the queries' place once both halves of the tile before have been read."""
     HALF: gl.constexpr = problem.BLOCK_M // 2
+    mbarrier.wait(channels.q_free, phase ^ 1)
+    mbarrier.expect(channels.q_ready, 2 * d_q.block_type.nbytes)
+    for half in gl.static_range(2):
+        at = [tile.i_batch, tile.i_head, tile.i_query + half * HALF, 0]
+        _tma_load(d_q, at, channels.q_ready, channels.q.index(half))
+
+
+@gluon.jit
+def _load(problem, channels, d_q, d_k, d_v, CHUNK: gl.constexpr, AHEAD: gl.constexpr):
+    """Fill shared memory, always as far ahead as there is room."""
     n_loaded = 0
     phase = 0
     first, end, step = _turns(problem, CHUNK)
     for i_tile in range(first, end, step):
         tile = problem.tile(i_tile)
         i_kv_head = tile.i_head // problem.GROUP
-        mbarrier.wait(channels.q_free, phase ^ 1)
-        mbarrier.expect(channels.q_ready, 2 * d_q.block_type.nbytes)
-        for half in gl.static_range(2):
-            at = [tile.i_batch, tile.i_head, tile.i_query + half * HALF, 0]
-            _tma_load(d_q, at, channels.q_ready, channels.q.index(half))
-        phase ^= 1
+        if AHEAD:
+            if tile.n_blocks == 0:
+                _load_queries(problem, channels, d_q, tile, phase)
+        else:
+            _load_queries(problem, channels, d_q, tile, phase)
         for i in range(tile.n_blocks):
             i_stage = n_loaded % problem.STAGES
             turn = (n_loaded // problem.STAGES) & 1
@@ -126,10 +135,14 @@ def _load(problem, channels, d_q, d_k, d_v, CHUNK: gl.constexpr):
             mbarrier.wait(channels.k_free.index(i_stage), turn ^ 1)
             mbarrier.expect(k_ready, d_k.block_type.nbytes)
             _tma_load(d_k, at, k_ready, channels.k.index(i_stage))
+            if AHEAD:  # noqa: SIM102  known while compiling, the rest is not
+                if i == 0:  # there is room for keys before there is for queries
+                    _load_queries(problem, channels, d_q, tile, phase)
             mbarrier.wait(channels.v_free.index(i_stage), turn ^ 1)
             mbarrier.expect(v_ready, d_v.block_type.nbytes)
             _tma_load(d_v, at, v_ready, channels.v.index(i_stage))
             n_loaded += 1
+        phase ^= 1
 
 
 @gluon.jit
@@ -168,7 +181,7 @@ def _softmax(problem, b_scores, b_max, b_sum):
 @gluon.jit
 def _step(
     problem, channels, tile, i, n_read, b_q, b_zero, b_weights, b_max, b_sum, b_out, o_position,
-    MASKED: gl.constexpr,
+    MASKED: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Scores of block ``i`` and values of block ``i - 1``, the softmax of ``i`` in between."""
     i_key = problem.key(tile, i)
@@ -176,6 +189,8 @@ def _step(
     values, b_read = _values(problem, channels, b_weights, n_read - 1, b_out)
     b_scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
+    if AHEAD:
+        mbarrier.arrive(channels.q_free, count=1, pred=i == tile.n_blocks - 1)
     if MASKED:
         b_scores = problem.mask(b_scores, tile, i, i_key, o_position)
     b_weights, b_decay, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
@@ -187,7 +202,7 @@ def _step(
 
 
 @gluon.jit
-def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
+def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr, AHEAD: gl.constexpr):
     """Attend from one half of each tile's queries."""
     HALF: gl.constexpr = problem.BLOCK_M // 2
     N: gl.constexpr = problem.BLOCK_N
@@ -216,23 +231,26 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
             scores = _scores(problem, channels, b_q, n_read, b_zero)
             b_scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
+            if AHEAD:
+                mbarrier.arrive(channels.q_free, count=1, pred=tile.n_blocks == 1)
             b_scores = problem.mask(b_scores, tile, 0, i_key, o_position)
             b_weights, _, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
             n_read += 1
             for i in range(1, tile.n_masked):
                 b_weights, b_max, b_sum, b_out = _step(
                     problem, channels, tile, i, n_read, b_q, b_zero, b_weights, b_max, b_sum,
-                    b_out, o_position, True,
+                    b_out, o_position, True, AHEAD,
                 )  # fmt: skip
                 n_read += 1
             for i in range(max(tile.n_masked, 1), tile.n_blocks):
                 b_weights, b_max, b_sum, b_out = _step(
                     problem, channels, tile, i, n_read, b_q, b_zero, b_weights, b_max, b_sum,
-                    b_out, o_position, False,
+                    b_out, o_position, False, AHEAD,
                 )  # fmt: skip
                 n_read += 1
             values, b_read = _values(problem, channels, b_weights, n_read - 1, b_out)
-            mbarrier.arrive(channels.q_free, count=1)
+            if not AHEAD:
+                mbarrier.arrive(channels.q_free, count=1)
             b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
             mbarrier.arrive(channels.v_free.index((n_read - 1) % problem.STAGES), count=1)
         else:
@@ -248,10 +266,12 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def serve(problem, d_q, d_k, d_v, d_out, CHUNK: gl.constexpr):
+def serve(problem, d_q, d_k, d_v, d_out, CHUNK: gl.constexpr, AHEAD: gl.constexpr):
     """Hand the tiles that fall to this program to its three groups of warps.
 
     ``CHUNK`` neighbouring tiles, or, where it is 0, as many as there are for each program.
+    ``AHEAD``, for short tiles: the next one's first keys, then its queries, are loaded as soon as
+    the last scores of this one are there, not after its last values.
     """
     HALF: gl.constexpr = problem.BLOCK_M // 2
     N: gl.constexpr = problem.BLOCK_N
@@ -281,9 +301,9 @@ def serve(problem, d_q, d_k, d_v, d_out, CHUNK: gl.constexpr):
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (0, problem, channels, d_out, CHUNK)),
-            (_attend, (1, problem, channels, d_out, CHUNK)),
-            (_load, (problem, channels, d_q, d_k, d_v, CHUNK)),
+            (_attend, (0, problem, channels, d_out, CHUNK, AHEAD)),
+            (_attend, (1, problem, channels, d_out, CHUNK, AHEAD)),
+            (_load, (problem, channels, d_q, d_k, d_v, CHUNK, AHEAD)),
         ],
         [4, 1],
         [240, 24],
@@ -300,6 +320,7 @@ def attention_kernel(
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_ROUTE: gl.constexpr,
     SPARSE: gl.constexpr, HAS_DENSE: gl.constexpr, HAS_WINDOW: gl.constexpr, CHUNK: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Full and streaming attention: the runs of keys of ``hopper_tiles.py``."""
     keys = Keys(p_bounds, p_q_start, n_queries, n_keys, HAS_BOUNDS, HAS_Q_START)
@@ -307,7 +328,7 @@ def attention_kernel(
         keys, p_route, n_batch, sink, local, n_dense, window, score_scale, HEADS, GROUP,
         BLOCK_M, BLOCK_N, BLOCK_D, STAGES, HAS_ROUTE, SPARSE, HAS_DENSE, HAS_WINDOW,
     )  # fmt: skip
-    serve(problem, d_q, d_k, d_v, d_out, CHUNK)
+    serve(problem, d_q, d_k, d_v, d_out, CHUNK, AHEAD)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> bool:
@@ -335,6 +356,7 @@ def attention(
     scale: float,
     last: int = 0,
     config: Config | None = None,
+    ahead: bool = False,
 ) -> Tensor:
     """Launch :func:`attention_kernel` without reading device data.
 
@@ -344,6 +366,7 @@ def attention(
         sink: None: every row is dense.
         last: queries at the end of each row's valid keys that are dense in sparse rows too.
         config: tile sizes; None: the ones of :data:`CONFIGS`.
+        ahead: whether a tile's operands are loaded while the one before is being finished.
 
     Returns:
         ``[B, Sq, H, D]``.
@@ -370,7 +393,7 @@ def attention(
             BLOCK_D=head_dim, STAGES=config.stages,
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
             HAS_ROUTE=route is not None, SPARSE=sink is not None, HAS_DENSE=last > 0,
-            HAS_WINDOW=window > 0, CHUNK=chunk,
+            HAS_WINDOW=window > 0, CHUNK=chunk, AHEAD=ahead,
             num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return out

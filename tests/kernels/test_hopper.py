@@ -73,23 +73,32 @@ def check_binary(binary):
 def test_compiles_for_hopper(head_dim, flags):
     chunk = 0 if flags == "streaming" else hopper.CHUNK
     sizes = {"BLOCK_M": hopper.BLOCK_M, "BLOCK_N": 128, "SPARSE": flags != "dense", "CHUNK": chunk}
+    sizes["AHEAD"] = flags == "everything"
     check_binary(compiled(hopper.attention_kernel, head_dim, flags == "everything", **sizes))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
 def test_block_sparse_compiles_for_hopper(head_dim, everything):
-    sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32, "CHUNK": hopper.CHUNK}
+    sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32, "CHUNK": 8, "AHEAD": True}
     check_binary(compiled(block_sparse.attention_kernel, head_dim, everything, **sizes))
 
 
-def check(case, dtype):
+def test_small_launches_have_short_chunks():
+    """Each multiprocessor gets several programs, until a program has a single tile."""
+    assert [block_sparse.choose_chunk(n, 132) for n in (1, 2048, 4096, 8192, 1 << 20)] == [
+        1, 2, 4, 8, 8,
+    ]  # fmt: skip
+
+
+def check(case, dtype, ahead=False):
     x = cases.prefill(case, dtype, "cuda")
     bounds = None if x.flags is None or x.flags[ALL_VALID] else x.bounds
     assert hopper.serves(x.q, x.k, x.v, case.softcap)
     out = hopper.attention(
         x.q, x.k, x.v, bounds, x.q_start, x.route,
         sink=case.sink, local=case.local, window=case.window, scale=x.scale,
+        ahead=ahead,
     )  # fmt: skip
     cases.assert_within_bound(x, out)
 
@@ -114,7 +123,8 @@ def test_equals_definition(case, dtype):
     ],
 )
 def test_wide_heads(name):
-    check(cases.at(cases.named(name), head_dim=128), torch.bfloat16)
+    for ahead in (False, True):
+        check(cases.at(cases.named(name), head_dim=128), torch.bfloat16, ahead)
 
 
 @pytest.mark.gpu
@@ -125,6 +135,30 @@ def test_long_prompt(route):
         queries=5000, keys=5000, head_dim=128, heads=8, sink=128, local=2048, route=route,
     )  # fmt: skip
     check(case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask_heads", [1, 8])
+def test_block_lists_of_any_length(mask_heads, head_dim):
+    """Empty, short and full lists; every chunk of tiles, operands loaded ahead and not."""
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    q = torch.randn(2, 1000, 8, head_dim, **make).transpose(1, 2)
+    k, v = torch.randn(2, 2, 2, 1000, head_dim, **make)
+    mask = torch.rand(2, mask_heads, 8, 8, device="cuda") < torch.linspace(0, 1, 8)[:, None].cuda()
+    seen = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :1000, :1000].tril()
+    seen = seen.expand(2, 8, -1, -1)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), seen, enable_gqa=True
+    )
+    exact = torch.where(seen.any(-1, keepdim=True), exact, 0.0).transpose(1, 2)
+    for chunk in (1, 2, 8):
+        for ahead in (False, True):
+            out = block_sparse.attention(
+                q, k, v, mask, None, None, None,
+                window=0, scale=head_dim**-0.5, chunk=chunk, ahead=ahead,
+            )  # fmt: skip
+            torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu

@@ -45,6 +45,10 @@ def test_the_architecture_is_what_the_file_says(real):
     assert not written.mlp_bias
 
 
+def test_its_routers_are_named_after_the_model_not_a_folder(real):
+    assert fluxcompile.FluxRouter.from_model(real[0]).base_model == smollm2.NAME
+
+
 def text(tokenizer, words) -> Prompt:
     topic = pydoc_data.topics.topics["assignment"].split()
     batch = tokenizer([" ".join(topic[:n]) for n in words], return_tensors="pt", padding=True)

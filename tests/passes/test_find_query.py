@@ -7,6 +7,7 @@ from torch import nn
 from fluxcompile.passes.graph_util import op_name
 from fluxcompile.passes.plan import Policy
 from fluxcompile.passes.site import SkipReason
+from tests.router_models import tiny_llama
 
 from .graphs import Layer, causal_sdpa, hidden, record
 
@@ -140,6 +141,16 @@ def test_before_rotation(rotary, norm, dynamic):
     value, site = tapped(record(model, x, dynamic=dynamic))
     torch.testing.assert_close(value, query_of(model, x))
     assert isinstance(site.q_shape[2], torch.SymInt) == dynamic
+
+
+def test_positions_that_count_up_to_a_hidden_state_s_size():
+    """A length that was symbolic until a mask fixed it: Dynamo asks the embeddings for it."""
+    model = tiny_llama().model
+    ids, mask = torch.randint(3, 60, (4, 20)), torch.ones(4, 20, dtype=torch.int64)
+    torch._dynamo.maybe_mark_dynamic(ids, 1)
+    recorded = record(model, ids, attention_mask=mask, use_cache=False, dynamic=None)
+    assert recorded.before["size"] > 0
+    assert [op_name(site.query_tap) for site in recorded.sites()] == ["transpose"] * 2
 
 
 @pytest.mark.parametrize("norm", [None, (DIM,)], ids=["plain", "norm"])

@@ -29,10 +29,12 @@ class ByteTokenizer:
                 ids += [byte + N_SPECIAL for byte in part.encode()]
         return SimpleNamespace(input_ids=ids)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids, skip_special_tokens: bool = False) -> str:
         names = {number: name for name, number in SPECIAL.items()}
         pieces = [
-            names[i].encode() if i in names else bytes([i - N_SPECIAL]) for i in map(int, ids)
+            names[i].encode() if i in names else bytes([i - N_SPECIAL])
+            for i in map(int, ids)
+            if not (skip_special_tokens and i in names)
         ]
         return b"".join(pieces).decode(errors="replace")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fluxcompile.errors import ConfigError, DataError, TrainingError
+from fluxcompile.training import baselines
 from fluxcompile.training.baselines import (
     entropy_routes,
     greedy_routes,
@@ -44,6 +45,24 @@ def test_entropy_of_states_that_are_known():
         assert entropy == pytest.approx(expected.item(), abs=1e-6)
     same = matrix_entropies(model, [torch.full((20,), 7)])
     assert same[0] == pytest.approx(0, abs=1e-6), "one direction only"
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)], ids=["few tokens", "many tokens"])
+def test_entropy_is_the_limit_of_matrix_based_renyi_entropies(shape):
+    states = torch.randn(shape) * torch.rand(shape[1])
+    kernel = states.double() @ states.double().T
+    norms = kernel.diagonal().sqrt()
+    matrix = kernel / (norms[:, None] * norms) / len(states)
+    values = torch.linalg.eigvalsh(matrix).clamp(min=0)
+
+    def renyi(alpha: float) -> float:
+        return float((values**alpha).sum().log() / (1 - alpha) / torch.tensor(min(shape)).log())
+
+    entropy = baselines._entropy(states)
+    assert renyi(1 + 1e-5) < entropy < renyi(1 - 1e-5)
+    assert renyi(1 - 1e-5) - renyi(1 + 1e-5) < 1e-4
+    assert baselines._entropy(torch.eye(12)) == pytest.approx(1)
+    assert baselines._entropy(7 * states) == pytest.approx(entropy)
 
 
 def test_entropy_routes_take_the_least_first():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import safetensors.torch
+import torch
 from typer.testing import CliRunner
 
 from fluxcompile import FluxRouter
@@ -44,7 +45,10 @@ def test_train_writes_a_router_and_resumes(files):
     router = FluxRouter.from_pretrained(files / "router")
     assert (router.config.sink, router.config.local) == (4, 8)
     assert (router.config.suffix_size, router.config.segments) == (5, "separate")
-    assert "| retrieval | 0.3 |" in (files / "router" / "README.md").read_text()
+    card = (files / "router" / "README.md").read_text()
+    assert "| retrieval | 0.3 |" in card
+    assert "Data: rows of `data.jsonl`." in card
+    assert "trained against" not in card
     again = train(files, "--task", "retrieval=0.3", "--resume",
                   "--config", "suffix_size=5", "--config", "segments=separate")  # fmt: skip
     assert again.exit_code == 0, again.output
@@ -107,3 +111,32 @@ def test_convert_takes_a_published_router(tmp_path):
     assert "3 layers" in result.output
     assert FluxRouter.from_pretrained(tmp_path / "router").config.sink == 128
     assert run("convert", tmp_path / "nothing", tmp_path / "other").exit_code == 2
+
+
+def test_convert_stores_a_router_in_half_the_size(tmp_path):
+    router = random_router(layers=3, base_model="org/base")
+    router.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text("how it was trained")
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("of another router")
+    result = run("convert", tmp_path / "run", tmp_path / "out", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "README.md").read_text() == "how it was trained"
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    converted = FluxRouter.from_pretrained(tmp_path / "out")
+    assert converted.base_model == "org/base"
+    assert 0 < largest_difference(converted, router) < 0.02
+
+
+def test_convert_in_place(tmp_path):
+    router = random_router()
+    router.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_bytes()
+    assert run("convert", tmp_path, tmp_path, "--dtype", "bfloat16").exit_code == 0
+    assert (tmp_path / "README.md").read_bytes() == card
+    assert 0 < largest_difference(FluxRouter.from_pretrained(tmp_path), router) < 0.02

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fluxcompile.errors import DataError
-from fluxcompile.training.batching import TaskBalancedSampler, TokenBudgetBatchSampler, collate
+from fluxcompile.training.batching import TaskBalancedSampler, collate
 from fluxcompile.training.examples import Example
+from fluxcompile.training.sampling import ByLengthInStep, RunSampler
 from fluxcompile.training.tasks import resolve_tasks
 
 TASKS = ["retrieval"] * 12 + ["holistic"] * 5 + ["mine"] * 3
-LENGTHS = [10 + 7 * i % 90 for i in range(len(TASKS))]
 
 
 def example(n: int, task: str, index: int) -> Example:
@@ -30,11 +30,6 @@ def test_rows_are_padded_on_the_right():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_lengths_can_be_rounded_up():
-    batch = collate([example(3, "holistic", 0)], pad_token_id=0, pad_to_multiple_of=8)
-    assert batch["input_ids"].shape == batch["labels"].shape == (1, 8)
-
-
 def test_task_ids_are_positions_among_the_known_tasks():
     tasks = resolve_tasks({"mine": 0.3})
     assert collate([example(3, "mine", 0)], 0, tasks)["task_id"].tolist() == [2]
@@ -42,9 +37,8 @@ def test_task_ids_are_positions_among_the_known_tasks():
         collate([example(3, "mine", 4)], 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"lengths": LENGTHS, "batch_size": 6, "pool": 4}])
-def test_every_round_has_every_task_once(options):
-    order = list(TaskBalancedSampler(TASKS, seed=1, **options))
+def test_every_round_has_every_task_once():
+    order = list(TaskBalancedSampler(TASKS, seed=1))
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert [sorted(TASKS[i] for i in row) for row in rounds] == [
         ["holistic", "mine", "retrieval"]
@@ -87,52 +81,29 @@ def padding(batches: list[list[int]], lengths: list[int]) -> float:
     return 1 - real / sum(len(b) * max(lengths[i] for i in b) for b in batches)
 
 
-def test_known_lengths_keep_padding_low_and_batches_whole():
-    tasks = ["retrieval", "holistic"] * 251
-    lengths = [1 + hash_like(i) % 1000 for i in range(len(tasks))]
-    plain = list(TaskBalancedSampler(tasks))
-    sorted_ = list(TaskBalancedSampler(tasks, lengths=lengths, batch_size=8))
-    assert sorted(plain) == sorted(sorted_)
-    cut = [[order[i : i + 8] for i in range(0, 502, 8)] for order in (plain, sorted_)]
-    assert padding(cut[0], lengths) > 0.3
-    assert padding(cut[1], lengths) < 0.1
-    assert {len(batch) for batch in cut[1][:-1]} == {8}
+def chunks(order: list[int], size: int) -> list[list[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def hash_like(i: int) -> int:
-    return i * 7919 + (i * i) % 101
+def test_steps_keep_their_examples_and_pad_little():
+    tasks = ["retrieval", "holistic"] * 60
+    lengths = [(1000, 2000, 4000)[i * 7919 % 3] for i in range(len(tasks))]
+    run = RunSampler(TaskBalancedSampler(tasks, seed=5), 30 * 24)  # goes through all six times
+    sampler = ByLengthInStep(run, 24, lengths)
+    plain, ordered = list(run), list(sampler)
+    assert ordered == list(sampler)
+    assert len(sampler) == len(ordered) == 30 * 24
+    for before, after in zip(chunks(plain, 24), chunks(ordered, 24), strict=True):
+        assert sorted(before) == sorted(after)
+        assert [lengths[i] for i in after] == sorted(lengths[i] for i in after)
+        assert Counter(tasks[i] for i in after) == {"retrieval": 12, "holistic": 12}
+    assert padding(chunks(plain, 4), lengths) > 0.3
+    assert padding(chunks(ordered, 4), lengths) < 0.1
 
 
-@pytest.mark.parametrize("multiple_of", [1, 4])
-def test_batches_hold_a_budget_of_tokens(multiple_of):
-    tasks = ["retrieval", "holistic"] * 200
-    lengths = [20 + hash_like(i) % 900 for i in range(len(tasks))]
-    sampler = TokenBudgetBatchSampler(
-        tasks, lengths, max_tokens=4000, pool=64, multiple_of=multiple_of
-    )
-    batches = list(sampler)
-    assert batches == list(sampler)
-    assert len(sampler) == len(batches)
-    assert len(batches) % multiple_of == 0
-    assert max(len(b) * max(lengths[i] for i in b) for b in batches) <= 4000
-    assert all(Counter(tasks[i] for i in b) == dict.fromkeys(tasks, len(b) // 2) for b in batches)
-    assert padding(batches, lengths) < 0.15
-    seen = [i for batch in batches for i in batch]
-    assert len(seen) == len(set(seen))
-    if multiple_of == 1:
-        assert len(seen) == 400
-    sampler.set_epoch(1)
-    assert list(sampler) != batches
-
-
-def test_a_budget_below_one_round_is_refused():
-    with pytest.raises(DataError, match=r"max_tokens: expected at least 60.*got 59"):
-        TokenBudgetBatchSampler(["a", "b"], [10, 30], max_tokens=59)
-
-
-def test_too_few_batches_for_all_processes_are_refused():
-    with pytest.raises(DataError, match="batches an epoch: expected >= 2, got 1"):
-        list(TokenBudgetBatchSampler(["a", "b"], [10, 30], max_tokens=60, multiple_of=2))
+def test_examples_of_one_length_keep_their_order():
+    run = RunSampler(TaskBalancedSampler(TASKS), 40)
+    assert list(ByLengthInStep(run, 7, [9] * len(TASKS))) == list(run)
 
 
 @pytest.mark.parametrize("n_processes", [2, 3])

@@ -32,7 +32,7 @@ def test_the_prompt_is_the_whole_row_unless_the_row_says_where_it_ends():
         GOOD,
         {**GOOD, "labels": labels},
         {**GOOD, "prompt_length": 3},
-        {**GOOD, "prompt_length": torch.tensor(3), "lead_length": np.int64(1)},
+        {**GOOD, "prompt_length": torch.tensor(3), "unread_length": np.int64(1)},
         {"text": "ab", "task": "mine", "prompt_length": None},
     ]
     assert [e.prompt_length for e in ready(rows)] == [4, 4, 3, 2, 3]
@@ -119,8 +119,8 @@ BAD_ROWS = {
     "prompt of text": ({**GOOD, "prompt_length": "3"}, "prompt_length: expected an int from 1"),
     "prompt of bool": ({**GOOD, "prompt_length": True}, "prompt_length: .*got True"),
     "all lead": (
-        {**GOOD, "prompt_length": 3, "lead_length": 3},
-        "lead_length: expected an int from 0 to 2, got 3",
+        {**GOOD, "prompt_length": 3, "unread_length": 3},
+        "unread_length: expected an int from 0 to 2, got 3",
     ),
     "not a mapping": ("text", "expected a mapping, got str"),
 }

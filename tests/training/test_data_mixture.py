@@ -6,7 +6,7 @@ import pytest
 
 from fluxcompile.errors import DataError
 from fluxcompile.training.batching import collate
-from fluxcompile.training.data import ALL, FORMS, builtin_mixture
+from fluxcompile.training.data import ALL, FORMS, WORDINGS, builtin_mixture
 from fluxcompile.training.data.sources import sources
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.tasks import resolve_tasks
@@ -14,6 +14,7 @@ from tests.training.byte_tokenizer import BOS, EOS, ByteTokenizer
 
 LENGTH = 5000  # a token a byte: some 1,200 tokens of a real tokenizer
 TOKENIZER = ByteTokenizer()
+CUES = WORDINGS["train"].cues
 RETRIEVAL, HOLISTIC = tuple(FORMS["retrieval"]), tuple(FORMS["holistic"])
 
 
@@ -112,7 +113,8 @@ def test_a_lead_is_between_the_prompt_and_the_answer(style):
     assert led == [item for item in made if item["wording"].endswith("lead")]
     for item in made:
         prompt = decode(item["input_ids"][: item["prompt_length"] - item["lead_length"]])
-        assert prompt.endswith("[assistant] " if style == "chat" else "\nAnswer:")
+        asked = "[assistant] " if style == "chat" else tuple(f"\n{cue}" for cue in CUES)
+        assert prompt.endswith(asked)
     for item in led:
         lead, answer = item["prompt_length"] - item["lead_length"], item["prompt_length"]
         assert decode(item["input_ids"][lead:answer]).strip()
@@ -122,7 +124,8 @@ def test_a_lead_is_between_the_prompt_and_the_answer(style):
 def test_the_router_reads_up_to_the_answer_or_half_of_a_text():
     made = mixture(14, style="mixed")
     for item, example in zip(made, prepare(made, tasks=resolve_tasks()), strict=True):
-        assert example.prompt_length == item["prompt_length"] - item["lead_length"]
+        assert example.prompt_length == item["prompt_length"] - item["unread_length"]
+        assert item["unread_length"] in (0, item["lead_length"])
         if item["form"] in ("code", "prose"):
             assert example.prompt_length == pytest.approx(LENGTH / 2, abs=100)
             assert (example.labels[: example.prompt_length] == -100).all()
@@ -239,3 +242,8 @@ def test_chat_style_needs_a_chat_template():
 def test_kinds_stand_for_their_forms():
     assert {item["form"] for item in mixture(8, tasks="retrieval")} == set(RETRIEVAL)
     assert {item["form"] for item in mixture(8, tasks=["holistic"])} == set(HOLISTIC)
+
+
+def test_the_router_reads_half_of_the_leads():
+    made = mixture(24, tasks="retrieval", question="last", lead=1.0)
+    assert 0 < sum(item["unread_length"] > 0 for item in made) < len(made)

@@ -31,7 +31,7 @@ def test_chunks_equal_the_whole_with_gradients(chunk):
     hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(0, 61, (7,))
     weight = torch.randn(7)
-    (token_losses(hidden, tokens, head, chunk) * weight).sum().backward()
+    (token_losses(hidden, tokens, head, chunk).cross_entropy * weight).sum().backward()
     found = hidden.grad, head.weight.grad
     hidden.grad = head.weight.grad = None
     losses = cross_entropy(head(hidden).float(), tokens, reduction="none")
@@ -39,9 +39,26 @@ def test_chunks_equal_the_whole_with_gradients(chunk):
     torch.testing.assert_close(found, (hidden.grad, head.weight.grad))
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_divergence_from_a_teacher_with_gradients(chunk):
+    head = nn.Linear(8, 61, bias=False)
+    hidden, teacher = torch.randn(2, 7, 8).unbind()
+    hidden.requires_grad_(True)
+    weight = torch.randn(7)
+    tokens = torch.randint(0, 61, (7,))
+    found = token_losses(hidden, tokens, head, chunk, teacher).divergence
+    wanted, given = head(teacher).softmax(-1), head(hidden).softmax(-1)
+    expected = (wanted * (wanted / given).log()).sum(dim=-1)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), hidden)
+    torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), hidden), gradients)
+    agreed = token_losses(teacher, tokens, head, chunk, teacher).divergence
+    torch.testing.assert_close(agreed, torch.zeros(7))
+
+
 def test_no_target_at_all_gives_no_loss():
     hidden = torch.zeros(0, 8, requires_grad=True)
-    losses = token_losses(hidden, torch.zeros(0, dtype=torch.int64), nn.Linear(8, 61), 4)
+    losses, _ = token_losses(hidden, torch.zeros(0, dtype=torch.int64), nn.Linear(8, 61), 4)
     assert losses.shape == (0,)
     losses.sum().backward()
 
@@ -55,7 +72,7 @@ def test_losses_are_those_of_the_models_own_logits():
     halves = LanguageModel.of(model).checked(model, ids)
     assert halves.head is not None
     for split in (halves, LanguageModel(model, None)):
-        found = split.losses(split.body, ids, mask, targets, 3)
+        found, _ = split.losses(split.body, ids, mask, targets, 3)
         torch.testing.assert_close(found, expected[labels[:, 1:].flatten() != IGNORED])
 
 

@@ -11,6 +11,7 @@ from fluxcompile import FluxConfig, FluxRouter, attach, detach
 from fluxcompile.attachment import attachment_of
 from fluxcompile.errors import ConfigError, DataError, FluxError, RouterError, TrainingError
 from fluxcompile.training import train_router
+from fluxcompile.training.batching import collate
 from fluxcompile.training.trainer import RouterTrainer
 from tests.training.tiny import CONFIG, QUICK, largest_difference, tiny_data, tiny_model
 
@@ -100,6 +101,33 @@ def test_a_resumed_run_takes_the_same_way(finished, tmp_path):
     names = ("loss", "lm_loss", "sparsity/holistic", "lambda2/retrieval", "grad_norm")
     for one, other in zip(ours["log_history"], theirs["log_history"], strict=True):
         assert [one[name] for name in names] == [other[name] for name in names]
+
+
+def test_rows_of_similar_length_run_together(monkeypatch):
+    """Whatever their number, a step has the same rows and ends in the same router."""
+    seen: list[list[int]] = []
+
+    def noting(examples, *args, **kwargs):
+        seen.append([len(example) for example in examples])
+        return collate(examples, *args, **kwargs)
+
+    monkeypatch.setattr("fluxcompile.training.train.collate", noting)
+    data = [
+        row | {"input_ids": row["input_ids"] * (1 + i % 3)} for i, row in enumerate(tiny_data())
+    ]
+    steps, routers = [], []
+    for rows in (1, 4):
+        seen.clear()
+        routers.append(
+            train_router(
+                tiny_model(), data, **QUICK | {"max_steps": 3, "per_device_train_batch_size": rows}
+            )
+        )
+        flat = [n for batch in seen for n in batch]
+        steps.append([flat[i : i + 4] for i in range(0, len(flat), 4)])
+    assert steps[0] == steps[1] == [sorted(step) for step in steps[0]]
+    assert len({n for step in steps[0] for n in step}) > 5
+    assert largest_difference(*routers) < 1e-6
 
 
 def test_a_checkpoint_of_another_run_is_refused(finished, tmp_path):
@@ -242,3 +270,17 @@ def test_inductor_trains_the_same_router(budget):
     expected = train_router(tiny_model(), tiny_data(), **quick)
     settings = quick | {"lowering": "inductor", "activation_memory_budget": budget}
     assert largest_difference(train_router(tiny_model(), tiny_data(), **settings), expected) < 1e-6
+
+
+def test_distillation_descends_the_divergence_from_full_attention(tmp_path):
+    settings = {"output_dir": tmp_path, "logging_steps": 1, "save_steps": 6, **QUICK}
+    train_router(tiny_model(initializer_range=0.3), tiny_data(), distillation=1.0, **settings)
+    logs = state_of(tmp_path / "checkpoint-6")["log_history"]
+    found = [[entry[f"divergence/{t}"] for t in ("retrieval", "holistic")] for entry in logs]
+    assert all(
+        0 < value < entry["lm_loss"]
+        for entry, both in zip(logs, found, strict=True)
+        for value in both
+    )
+    # No penalty at the first step, where λ is 0: all of the objective is the divergence.
+    assert logs[0]["loss"] == pytest.approx(sum(found[0]) / 2, rel=1e-4)

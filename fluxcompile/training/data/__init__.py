@@ -68,8 +68,10 @@ def builtin_mixture(
         One dict an example: ``input_ids`` and ``labels`` (lists of int; -100: no loss), ``task``
         (``"retrieval"`` or ``"holistic"``), and for evaluation ``form``, ``answer`` (text; empty
         for continuations), ``prompt_length`` (where the answer begins), ``lead_length`` (how many
-        of the tokens before it are the beginning of a sentence that it ends), ``depth`` (where
-        the earliest needed fact begins, as share of the example; None for holistic forms),
+        of the tokens before it are the beginning of a sentence that it ends), ``unread_length``
+        (how many of those the router does not read: in half of such examples all, else none),
+        ``depth`` (where the earliest needed fact begins, as share of the example; None for holistic
+        forms),
         ``wording``, ``style``, ``question`` and ``filler``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Wordings of the held-out prompts: other sentences, other names, values in letters alone.
+"""Wordings of the held-out prompts: other sentences, other names, shorter values.
 
 They were chosen so that a small model (SmolLM2-135M) with full attention answers them: a share of
 what full attention finds says little where it finds little. That selects for prompts that can be
@@ -26,7 +26,7 @@ WORDINGS = Wordings(
         "Reply with nothing else.",
         "No explanation, please.",
     ),
-    cue="Reply:",
+    cues=("Reply:",),
     needle=(
         Fact(
             "Visitors of the {key} museum must say the password {value}.",
@@ -34,14 +34,14 @@ WORDINGS = Wordings(
             "Visitors of the {key} museum must say the password",
         ),
         Fact(
-            "The guards at {key} chose the watchword {value}.",
-            "Which watchword did the guards at {key} choose?",
-            "The guards at {key} chose the watchword",
+            "The ship in the port of {key} is named {value}.",
+            "What is the ship in the port of {key} named?",
+            "The ship in the port of {key} is named",
         ),
         Fact(
-            "The club in {key} uses the keyword {value}.",
-            "Which keyword does the club in {key} use?",
-            "The club in {key} uses the keyword",
+            "To enter the tower of {key}, whisper {value}.",
+            "What must be whispered to enter the tower of {key}?",
+            "To enter the tower of {key}, whisper",
         ),
     ),
     needles=(
@@ -51,9 +51,9 @@ WORDINGS = Wordings(
             "The bakery in {key} sells the brand",
         ),
         Fact(
-            "The flag of {key} shows the letters {value}.",
-            "Which letters does the flag of {key} show?",
-            "The flag of {key} shows the letters",
+            "The theatre in {key} shows the play {value}.",
+            "Which play does the theatre in {key} show?",
+            "The theatre in {key} shows the play",
         ),
         Fact(
             "The ferry for {key} was christened {value}.",
@@ -76,10 +76,16 @@ WORDINGS = Wordings(
     ),
     chains=(
         Chain(
-            "{a} is a pupil of {b}.",
-            "The teacher {b} uses the code {value}.",
-            "Which code does the teacher of {a} use?",
-            "The teacher of {a} uses the code",
+            "{a} plays chess against {b}.",
+            "The opponent {b} wears the badge {value}.",
+            "Which badge does the opponent of {a} wear?",
+            "The opponent of {a} wears the badge",
+        ),
+        Chain(
+            "{a} rents a flat from {b}.",
+            "The landlord {b} has the door sign {value}.",
+            "Which door sign has the landlord of {a}?",
+            "The landlord of {a} has the door sign",
         ),
         Chain(
             "{a} is a nephew of {b}.",
@@ -120,7 +126,7 @@ WORDINGS = Wordings(
         "reef ripple ruby saffron sage scarlet shadow silver sparrow spruce thistle thunder tiger "
         "timber topaz tulip velvet violet walnut willow wolf zephyr"
     ),
-    values=("@@@@",),
+    values=("@@@", "*"),
     record_keys=("*",),
     fillers=("mixed", "code", "prose", "mixed"),
 )

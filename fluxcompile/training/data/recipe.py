@@ -66,6 +66,7 @@ class Recipe:
             "form": self.form,
             "prompt_length": len(prompt),
             "lead_length": 0,
+            "unread_length": 0,
             "style": self.frame.style,
             "question": self.question,
             **about,

@@ -23,6 +23,7 @@ CHAINS = (1, 2)  # each in another wording
 # (looking for a line's end); in short documents a quarter and a half of them.
 FROM_START = 128
 FROM_END = 800
+LEAD_UNREAD = 0.5  # share of the leads that the router does not read
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
     before, after = map(recipe.ids, _question(recipe, asked.question, brief=not led))
     turn = list(frame.turn)
     if frame.style == "plain":
-        turn = recipe.ids(f"\n{wordings.cue}" if after else f"\n\n{wordings.cue}")
+        cue = rng.choice(wordings.cues)
+        turn = recipe.ids(f"\n{cue}" if after else f"\n\n{cue}")
     # A turn of a chat ends in a line break, a cue does not; a space belongs to the next token.
     space = " " if frame.style == "plain" else ""
     lead = recipe.ids(space + asked.lead) if led else []
@@ -158,6 +160,8 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
         depth=(len(start) + first_needed) / recipe.length,
         wording=f"{asked.wording}{' lead' if led else ''}",
         lead_length=len(lead),
+        # The lead may be the user's, as in a completion, or the model's own words.
+        unread_length=len(lead) if rng.random() < LEAD_UNREAD else 0,
         filler=kind,
     )
 

@@ -62,7 +62,8 @@ class Wordings:
         ask_first: how a question, ``{question}``, is put before the document.
         ask_last: how it is put after the document.
         brief: asks for the bare answer.
-        cue: in plain text, what stands right before an answer.
+        cues: in plain text, what stands right before an answer: one of these, each as likely as it
+            is often here.
         needle, needles: single facts; facts of which several, all in other words, are hidden.
         records: facts that are lines of a table.
         chains: facts in two steps.
@@ -78,7 +79,7 @@ class Wordings:
     ask_first: tuple[str, ...]
     ask_last: tuple[str, ...]
     brief: tuple[str, ...]
-    cue: str
+    cues: tuple[str, ...]
     needle: tuple[Fact, ...]
     needles: tuple[Fact, ...]
     records: tuple[Fact, ...]
