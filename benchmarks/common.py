@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,6 +141,11 @@ def forget_compiled(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def forgive_older_names() -> None:
+    """Newer versions of transformers warn of names that the oldest supported one wants."""
+    warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
+
+
 def print_table(title: str, rows: list[dict[str, str]]) -> None:
     """One column a key of the first row; the first column is the name."""
     table = Table(title=title, title_justify="left")
@@ -154,7 +160,9 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
 def write_json(path: Path | None, record: dict) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        beside = path.with_name(f"{path.name}.new")  # whoever is ended while writing leaves the old
+        beside.write_text(json.dumps(record, indent=2) + "\n")
+        beside.replace(path)
 
 
 def _queued_cuda_seconds(function: Callable[[], object], repeat: int) -> list[float]:
