@@ -120,3 +120,28 @@ def test_a_record_is_taken_up_again(parts, tmp_path):
     assert not second.has("y"), "what failed is tried again"
     assert not parts.Record("b", arguments(path, steps=4)).has("x"), "another setting"
     assert not parts.Record("b", arguments(path, resume=False)).has("x")
+
+
+def test_memory_script_runs_on_a_cpu(tmp_path):
+    rows = run(
+        tmp_path, "memory.py", "--lengths", "700", "--sink", "64", "--local", "256",
+        "--omega", "0.5", "--caches", "static", "flux-growing", "flux", "--only", "flux",
+    )  # fmt: skip
+    for row in rows.values():
+        assert row["kv_bytes"] == row["expected_bytes"]
+    static, growing, fixed = rows.values()
+    assert growing["trimmed_layers"] == fixed["trimmed_layers"] == 1
+    assert growing["share"] < fixed["share"] < static["share"]
+
+
+def test_compile_time_script_runs_on_a_cpu(tmp_path):
+    rows = run(
+        tmp_path, "compile_time.py", "--length", "300", "--new", "2", "--layers", "1",
+        "--only", "^flux$",
+    )  # fmt: skip
+    (row,) = rows.values()
+    assert row["same_tokens"]
+    for process in (row["cold"], row["second"]):
+        assert process["compile"] > 0
+        assert process["graphs"] == 2
+        assert len(process["first"]) == len(process["tokens"]) == 2
