@@ -1,13 +1,14 @@
 """Benchmarks of decode, memory and compile time run, and measure what they say."""
 
 import argparse
+import importlib
 import json
 
 import pytest
 import torch
 
 import fluxcompile
-from tests.scripts import FOLDER, forget_scripts, run_script
+from tests.scripts import FOLDER, forget_scripts
 
 CONFIG = fluxcompile.FluxConfig(sink=64, local=256)
 
@@ -28,18 +29,27 @@ def parts(monkeypatch):
     forget_scripts()
 
 
-def run(tmp_path, script, *arguments):
-    file = tmp_path / "record.json"
-    run_script(script, "--lowering", "eager", "--json", str(file), *arguments)
-    record = json.loads(file.read_text())
-    assert record["complete"]
-    assert {"date", "commit", "device", "torch", "transformers"} <= record["environment"].keys()
-    return {row["name"].split(": ", 1)[-1]: row for row in record["results"]}
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a script in this process; returns its rows by their names without the setting."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def rows_of(script, *arguments):
+        file = tmp_path / "record.json"
+        main = importlib.import_module(script).main
+        main(["--device", "cpu", "--tiny", "--lowering", "eager", "--json", str(file), *arguments])
+        record = json.loads(file.read_text())
+        assert record["complete"]
+        assert {"date", "commit", "device", "torch"} <= record["environment"].keys()
+        return {row["name"].split(": ", 1)[-1]: row for row in record["results"]}
+
+    yield rows_of
+    forget_scripts()
 
 
-def test_decode_script_runs_on_a_cpu(tmp_path):
+def test_decode_script_runs_on_a_cpu(run):
     rows = run(
-        tmp_path, "decode.py", "--lengths", "600", "--batch", "2", "--steps", "2",
+        "decode", "--lengths", "600", "--batch", "2", "--steps", "2",
         "--sink", "64", "--local", "256", "--omega", "0.5", "--caches", "flux",
         "--routes", "static", "mixed", "--only", "eager, static|flux",
     )  # fmt: skip
@@ -122,9 +132,9 @@ def test_a_record_is_taken_up_again(parts, tmp_path):
     assert not parts.Record("b", arguments(path, resume=False)).has("x")
 
 
-def test_memory_script_runs_on_a_cpu(tmp_path):
+def test_memory_script_runs_on_a_cpu(run):
     rows = run(
-        tmp_path, "memory.py", "--lengths", "700", "--sink", "64", "--local", "256",
+        "memory", "--lengths", "700", "--sink", "64", "--local", "256",
         "--omega", "0.5", "--caches", "static", "flux-growing", "flux", "--only", "flux",
     )  # fmt: skip
     for row in rows.values():
@@ -134,9 +144,9 @@ def test_memory_script_runs_on_a_cpu(tmp_path):
     assert growing["share"] < fixed["share"] < static["share"]
 
 
-def test_compile_time_script_runs_on_a_cpu(tmp_path):
+def test_compile_time_script_runs_on_a_cpu(run):
     rows = run(
-        tmp_path, "compile_time.py", "--length", "300", "--new", "2", "--layers", "1",
+        "compile_time", "--length", "300", "--new", "2", "--layers", "1",
         "--only", "^flux$",
     )  # fmt: skip
     (row,) = rows.values()
