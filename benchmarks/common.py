@@ -136,6 +136,10 @@ class PeakMemory:
 def forget_compiled(device: str) -> None:
     """Drop every compiled graph and give its memory back before the next peer runs."""
     torch._dynamo.reset()
+    if device == "cuda":
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()  # their pools hold memory
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -87,7 +87,11 @@ class Runner:
         if self.routed:
             fluxcompile.attach(model, router_for(model, config, full, prompt))
         self.cache = new_cache(contender.cache, model, config, room)
-        self._lay_out(prompt)
+        try:
+            self._lay_out(prompt)
+        except BaseException:
+            self.close()
+            raise
 
     def _lay_out(self, prompt: torch.Tensor) -> None:
         """Run ``prompt`` into the cache: eagerly, or routed where routes or rings have to be made.

@@ -10,7 +10,7 @@ from run_results import Results
 
 Row = dict[str, Any]
 GREY = {"eager": "black", "inductor": "dimgray", "inductor + graphs": "darkgray"}
-SIZE = (7.5, 5)  # inches
+SIZE = (9, 5)  # inches
 
 
 def has_matplotlib() -> bool:
@@ -69,8 +69,11 @@ def _plot(
     if not rows:
         return
     lines: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["length"]):
-        lines[name(row)].append(row)
+    points = {}
+    for row in rows:  # of several parts the first
+        points.setdefault((name(row), row["length"]), row)
+    for (label, _), row in sorted(points.items(), key=lambda point: point[0][1]):
+        lines[label].append(row)
     colours = {label: GREY.get(label) for label in lines}
     ours = [label for label in lines if label not in GREY]
     omegas = {label: lines[label][0].get("omega") or 0.0 for label in ours}
@@ -78,21 +81,20 @@ def _plot(
     colours |= {label: by_omega[omegas[label]] for label in ours}
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
-    for label, points in lines.items():
+    for label, line in lines.items():
         axes.plot(
-            [row["length"] for row in points], [value(row, row["median"]) for row in points],
+            [row["length"] for row in line], [value(row, row["median"]) for row in line],
             marker="s" if "graphs" in label else "o", color=colours[label], label=label,
         )  # fmt: skip
     for omega, colour in by_omega.items():
         floors = {row["length"]: value(row, row["floor"]) for label in ours
                   if omegas[label] == omega for row in lines[label]}  # fmt: skip
-        points = sorted(floors.items())
-        axes.plot(*zip(*points, strict=True), "--", color=colour, alpha=0.6,
+        axes.plot(*zip(*sorted(floors.items()), strict=True), "--", color=colour, alpha=0.6,
                   label=f"floor Ω={omega:.2f}")  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=150)

@@ -69,7 +69,7 @@ class Stepper:
                     self.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(warning.message) for warning in caught)
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 @dataclass
