@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,9 +143,18 @@ class PeakMemory:
 def forget_compiled(device: str) -> None:
     """Drop every compiled graph and give its memory back before the next peer runs."""
     torch._dynamo.reset()
+    if device == "cuda":
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()  # their pools hold memory
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def forgive_older_names() -> None:
+    """Newer versions of transformers warn of names that the oldest supported one wants."""
+    warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
 
 
 def print_table(title: str, rows: list[dict[str, str]]) -> None:
@@ -161,7 +171,9 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
 def write_json(path: Path | None, record: dict) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        beside = path.with_name(f"{path.name}.new")  # whoever is ended while writing leaves the old
+        beside.write_text(json.dumps(record, indent=2) + "\n")
+        beside.replace(path)
 
 
 def _queued_cuda_seconds(function: Callable[[], object], repeat: int) -> list[float]:

@@ -1,10 +1,23 @@
 """Models of a known shape with random weights, made in place, and their arithmetic."""
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from collections.abc import Sequence
 
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from fluxcompile import smollm2
+
+ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 SHAPES = {
     "llama-3.1-8b": {
+        "architecture": "llama",
         "hidden_size": 4096,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
@@ -15,7 +28,20 @@ SHAPES = {
         "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
     },
+    "qwen3-8b": {
+        "architecture": "qwen3",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    },
     "tiny": {
+        "architecture": "llama",
         "hidden_size": 256,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -37,26 +63,27 @@ ADDS_TO_RESIDUAL = ("o_proj", "down_proj")
 
 
 @torch.no_grad()
-def random_llama(
+def random_model(
     shape: str, layers: int | None, device: str, dtype: torch.dtype, seed: int = 0
-) -> LlamaForCausalLM:
-    """A Llama of `SHAPES[shape]`, its weights drawn directly on ``device`` (seconds, not minutes).
+) -> PreTrainedModel:
+    """A model of `SHAPES[shape]`, its weights drawn directly on ``device`` (seconds, not minutes).
 
     Args:
         layers: overrides the shape's number of layers.
     """
     fields = dict(SHAPES[shape])
     theta = fields.pop("rope_theta")
+    config_class, model_class = ARCHITECTURES[fields.pop("architecture")]
     if layers is not None:
         fields["num_hidden_layers"] = layers
-    config = LlamaConfig(
+    config = config_class(
         **fields,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = model_class(config)
     model = model.to(dtype).to_empty(device=device).eval()
     # Its frequencies are a buffer that no checkpoint carries: made anew, in fp32.
     with torch.device(device):
@@ -64,7 +91,8 @@ def random_llama(
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            is_of_scores = "q_norm" in name or "k_norm" in name
+            parameter.fill_(PEAKED_GAIN if is_of_scores else 1.0)
         elif "embed_tokens" in name:
             parameter.normal_(generator=generator)
         else:
@@ -75,7 +103,20 @@ def random_llama(
     return model
 
 
-def prefill_flops(config: LlamaConfig, length: int, seen: list[int]) -> float:
+def load_model(
+    shape: str, layers: int | None, device: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict]:
+    """The model of ``shape`` ("smollm2": the packaged one), and what a record says of it."""
+    if shape == "smollm2":
+        model = smollm2.load(device, dtype)[0]
+        about = {"architecture": "llama", **smollm2.ARCHITECTURE, "name": smollm2.NAME}
+    else:
+        model, about = random_model(shape, layers, device, dtype), dict(SHAPES[shape])
+    about |= {"shape": shape, "num_hidden_layers": model.config.num_hidden_layers}
+    return model.requires_grad_(False), about
+
+
+def prefill_flops(config: PreTrainedConfig, length: int, seen: list[int]) -> float:
     """Floating-point operations of one prompt of ``length`` tokens, logits of the last only.
 
     Args:
@@ -98,3 +139,26 @@ def pairs_streaming(length: int, sink: int, local: int) -> int:
     """Pairs of causal attention to the first ``sink`` and the latest ``local`` tokens."""
     reach = min(length, sink + local)
     return pairs_full(reach) + (length - reach) * reach
+
+
+def kv_token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in one layer."""
+    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def decode_bytes(model: PreTrainedModel, read: Sequence[Sequence[int]]) -> int:
+    """Bytes that one decode step has to read: the weights once, and keys and values.
+
+    An embedding that is no output layer too is read at a few rows, which do not count.
+
+    Args:
+        read: tokens that each layer of each row reads, ``[rows][layers]``.
+    """
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    weights = sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if tied or "embed_tokens" not in name
+    )
+    tokens = sum(sum(row) for row in read)
+    return weights + tokens * kv_token_bytes(model.config, model.dtype)

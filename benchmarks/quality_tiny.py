@@ -2,7 +2,7 @@
 
 import torch
 
-from models import random_llama
+from models import random_model
 
 
 class ByteTokenizer:
@@ -28,4 +28,4 @@ class _Encoded:
 
 
 def load_tiny(device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, ByteTokenizer]:
-    return random_llama("tiny", None, device, dtype), ByteTokenizer()
+    return random_model("tiny", None, device, dtype), ByteTokenizer()

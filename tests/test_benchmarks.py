@@ -7,73 +7,72 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fluxcompile
-
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-def run_script(name: str, *arguments: str) -> str:
-    """Run a script as a user does; returns what it prints."""
-    # A script finds its neighbours beside itself, unless this is set.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    command = [sys.executable, str(FOLDER / name), "--device", "cpu", "--tiny", *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return done.stdout
+from tests.scripts import FOLDER, forget_scripts, run_script
 
 
 @pytest.fixture
 def prefill(monkeypatch):
-    """The script as a module; scripts import their neighbours by bare name."""
+    """The script's parts as modules; scripts import their neighbours by bare name."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    import prefill
+    import checking
+    import models
+    import prefill_run
+    import routing
 
-    yield prefill
-    for name in ("prefill", "models", "common"):
-        sys.modules.pop(name, None)
+    yield argparse.Namespace(
+        **{**vars(models), **vars(checking), **vars(routing), **vars(prefill_run)}
+    )
+    forget_scripts()
 
 
 def test_prefill_script_runs_on_a_cpu(tmp_path):
     file = tmp_path / "prefill.json"
     run_script(
         "prefill.py", "--lengths", "300", "--peers", "eager", "flux", "flux-router",
-        "--omega", "0.5", "--repeat", "2", "--lowering", "eager", "--json", str(file),
+        "--omega", "0.5", "--router", "--chunk", "200", "--router-pairs", "2", "--repeat", "2",
+        "--sink", "64", "--local", "128", "--lowering", "eager", "--json", str(file),
     )  # fmt: skip
     record = json.loads(file.read_text())
     assert {"date", "commit", "device", "torch", "transformers"} <= record["environment"].keys()
-    assert [result["peer"] for result in record["results"]] == [
+    assert record["complete"]
+    *results, cost = record["results"]
+    assert [result["peer"] for result in results] == [
         "eager",
         "flux",
         "flux-router",
         "flux Ω=0.50",
+        "flux Ω=0.50, router",
+        "flux Ω=0.50, router, chunks of 200",
     ]
-    for result in record["results"]:
+    for result in results:
         assert result["length"] == 300
+        assert result["error"] < 1e-5
         assert result["median"] > 0
         assert len(result["times"]) == 2
-    assert record["results"][1]["sites"] == 2
-    assert record["results"][1]["passes"] > 0
+    assert results[1]["sites"] == 2
+    assert results[1]["passes"] > 0
+    assert results[3]["floor"] < results[1]["floor"]
+    assert (cost["omega"], len(cost["added"]), len(cost["control"])) == (0.5, 2, 2)
 
 
 def test_wrong_attention_is_seen_before_any_speed(prefill):
     """The random model must tell attentions apart, or the check would pass anything."""
-    model = prefill.random_llama("tiny", None, "cpu", torch.float32)
+    model = prefill.random_model("tiny", None, "cpu", torch.float32)
     args = argparse.Namespace(device="cpu", lowering="eager", peers=[], omega=[], repeat=1)
     config = fluxcompile.FluxConfig(sink=4, local=16)
     bench = prefill.Prefill(model, config, 300, 1e12, args)
     with torch.no_grad():
-        bench.eager_logits = bench.last_logits(model)
-        sparse = bench.last_logits(bench.flux(routes="sparse", config=config))
-    with pytest.raises(prefill.WrongLogits, match="differ from eager"):
-        bench.checked_error("sparse", sparse)
-    with pytest.raises(prefill.WrongLogits, match="differ from eager"):
-        bench.checked_error("nan", torch.full_like(sparse, float("nan")))
+        full, sparse = bench.expected((1, 1)), bench.expected((0, 0))
+    for name, logits in (("sparse", sparse), ("nan", torch.full_like(sparse, float("nan")))):
+        with pytest.raises(prefill.WrongLogits, match=f"{name}: logits differ"):
+            prefill.checked_error(name, logits, full, model.dtype)
     bound = max(prefill.ERROR_BOUND.values())
-    assert (sparse - bench.eager_logits).norm() > 2 * bound * bench.eager_logits.norm()
+    assert (sparse - full).norm() > 2 * bound * full.norm()
 
 
 @pytest.mark.parametrize(("sink", "local"), [(4, 16), (0, 7), (50, 100), (4, 1)])
@@ -103,10 +102,7 @@ def quality(monkeypatch):
     import quality_tiny
 
     yield argparse.Namespace(static=quality_static, tiny=quality_tiny)
-    for name in [name for name in sys.modules if name.split("_")[0] == "quality"]:
-        sys.modules.pop(name)
-    for name in ("models", "common"):
-        sys.modules.pop(name, None)
+    forget_scripts()
 
 
 def test_quality_script_runs_on_a_cpu(quality, tmp_path):
@@ -189,8 +185,7 @@ def measured(monkeypatch):
     import measured_kernels
 
     yield measured_kernels
-    for name in ("measured_kernels", "peers", "reading", "models", "common"):
-        sys.modules.pop(name, None)
+    forget_scripts()
 
 
 def test_a_wrong_kernel_is_not_timed(measured, monkeypatch):

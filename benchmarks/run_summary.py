@@ -1,0 +1,55 @@
+"""The summary: rows for the terminal, and a Markdown file."""
+
+import argparse
+from collections.abc import Sequence
+
+from run_goals import Verdict
+from run_parts import Part
+from run_results import Results
+
+MET = {True: "met", False: "MISSED", None: ""}
+
+
+def goal_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
+    return [
+        {
+            "goal": verdict.goal,
+            "found": verdict.found,
+            "must": f"{verdict.must} {MET[verdict.met_must]}".strip(),
+            "aim": f"{verdict.aim} {MET[verdict.met_aim]}".strip(),
+            "note": verdict.note,
+        }
+        for verdict in verdicts
+    ]
+
+
+def part_rows(parts: Sequence[Part], args: argparse.Namespace) -> list[dict[str, str]]:
+    return [
+        {
+            "part": part.name,
+            "about": f"{part.minutes:g} min",
+            "command": f"{part.script}.py {' '.join(part.argv(args))}",
+        }
+        for part in parts
+    ]
+
+
+def markdown(verdicts: Sequence[Verdict], results: Results) -> str:
+    """Goals, what ran where, and what gave no measurement."""
+    where = [
+        {
+            "part": part,
+            "complete": "yes" if about["complete"] else "no",
+            **{key: str(about[key]) for key in ("date", "commit", "device", "torch", "triton",
+                                                "transformers")},
+        }
+        for part, about in results.about().items()
+    ]  # fmt: skip
+    bad = [{"part": a, "row": b, "reason": c} for a, b, c in results.bad()]
+    sections = ("Goals", goal_rows(verdicts)), ("Where it ran", where), ("Not measured", bad)
+    return "\n".join(f"## {title}\n\n{_table(rows)}\n" for title, rows in sections if rows)
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(x.replace('|', '/') for x in line)} |" for line in lines)
