@@ -1,12 +1,13 @@
 """fluxcompile: Flux Attention (arXiv 2604.07394) as a ``torch.compile`` backend.
 
-``torch.compile(model, backend="flux")`` finds the backend through its entry point; the names here
-are what surrounds it.
+``model.compile(backend="flux")`` finds the backend through its entry point, and :func:`compile` is
+that in one call with the router; the other names are what surrounds it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from fluxcompile.attachment import attach, detach
+from fluxcompile.compile_model import compile
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import (
     ConfigError,
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingError",
     "adapt_backbone",
     "attach",
+    "compile",
     "detach",
     "explain",
     "packaged_routers",
