@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fluxcompile.attachment import attach
 from fluxcompile.backend import compile_graph
 from fluxcompile.errors import OptionError
 from fluxcompile.options import CompileOptions
+from fluxcompile.regional import compile_regions
 from fluxcompile.router import FluxRouter
 
-#: what :func:`compile` has put on modules, alive while a module holds it
-_ours: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+#: what :func:`compile` has put on modules, and the settings it had then
+_ours: weakref.WeakKeyDictionary[Callable[..., Any], tuple] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ def compile(
     model: nn.Module,
     router: FluxRouter | str | os.PathLike[str] | None = None,
     *,
+    regional: bool | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
     inductor_mode: str | None = None,
@@ -49,6 +52,9 @@ def compile(
         model: a model that nothing else has compiled.
         router: a router, a directory, a packaged router's name or a hub id to attach; None keeps
             what is attached.
+        regional: True compiles decoder layers, equal ones once: the first call is ready much
+            sooner, what is around the layers runs eagerly, and each token costs Python time for
+            each layer. False compiles the model as a whole, and so does None, for now.
         dynamic, fullgraph: as for ``torch.compile``.
         inductor_mode: Inductor's mode, ``torch.compile``'s own ``mode``.
         options: the backend's options: ``config``, ``mode``, ``routes``, ``strict``, ``lowering``,
@@ -58,14 +64,30 @@ def compile(
         OptionError: unknown option or bad value; ``model`` is no module, or compiled otherwise.
         RouterError: the router cannot be loaded, or belongs to another model.
     """
+    if regional not in (None, False, True):
+        raise OptionError.mismatch("regional", "None, False or True", repr(regional))
     parsed = CompileOptions.parse(options, inductor_mode)  # now, not at the first call
     _check_model(model)
     if router is not None:
         attach(model, router)
+    wanted = regional, parsed, dynamic, fullgraph
+    how = {"dynamic": dynamic, "fullgraph": fullgraph}
+    if regional:
+        calls = compile_regions(model, parsed, **how)
+    else:
+        calls = {model: torch.compile(model._call_impl, backend=Flux(parsed), **how)}
+    if all(_settings_of(module) == wanted for module in calls):
+        return model
     _undo(model)
-    model.compile(backend=Flux(parsed), dynamic=dynamic, fullgraph=fullgraph)
-    _ours.add(model._compiled_call_impl)
+    for module, call in calls.items():
+        module._compiled_call_impl = call
+        _ours[call] = wanted
     return model
+
+
+def _settings_of(module: nn.Module) -> tuple | None:
+    compiled = module._compiled_call_impl
+    return None if compiled is None else _ours.get(compiled)
 
 
 def _check_model(model: object) -> None:

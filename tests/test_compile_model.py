@@ -77,9 +77,9 @@ def test_a_copy_is_not_compiled(ids):
 
 def test_unknown_option_and_bad_values():
     model = llama(None)
-    with pytest.raises(OptionError, match="got unknown .'streams'"):
+    with pytest.raises(OptionError, match=r"got unknown .'streams'"):
         fluxcompile.compile(model, streams=2)
-    with pytest.raises(OptionError, match="fluxcompile.compile's inductor_mode"):
+    with pytest.raises(OptionError, match=r"fluxcompile\.compile's inductor_mode"):
         fluxcompile.compile(model, mode="reduce-overhead")
     with pytest.raises(OptionError, match="mode: expected one of"):
         fluxcompile.compile(model, inductor_mode="fast")
