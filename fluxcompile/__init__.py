@@ -1,7 +1,7 @@
 """fluxcompile: Flux Attention (arXiv 2604.07394) as a ``torch.compile`` backend.
 
-``torch.compile(model, backend="flux")`` finds the backend through its entry point; the names here
-are what surrounds it.
+``model.compile(backend="flux")`` finds the backend through its entry point, and :func:`compile` is
+that in one call with the router; the other names are what surrounds it.
 """
 
 import importlib
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxcompile.attachment import attach, detach
 from fluxcompile.cache_memory import CacheMemory
+from fluxcompile.compile_model import compile
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import (
     CacheError,
@@ -55,6 +56,7 @@ __all__ = [
     "TrainingError",
     "adapt_backbone",
     "attach",
+    "compile",
     "detach",
     "explain",
     "packaged_routers",

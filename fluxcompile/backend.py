@@ -6,6 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ import fluxcompile.kernels.ops  # noqa: F401  registers torch.ops.flux
 from fluxcompile.attachment import tie_of
 from fluxcompile.ending_graph import EndingGraph
 from fluxcompile.errors import FluxWarning, RewriteError
+from fluxcompile.frozen_router import frozen_tensors, stand_ins
 from fluxcompile.graph_copy import copy_graph
+from fluxcompile.layer_table import LayerTable
 from fluxcompile.lowering import lower, routes_example
 from fluxcompile.options import CompileOptions
 from fluxcompile.owner_guard import guard_owners
@@ -27,6 +30,7 @@ from fluxcompile.recompile_limit import warn_of_last_graph
 from fluxcompile.report import GraphReport
 from fluxcompile.route_io import route_io
 from fluxcompile.runtime import CompiledGraph
+from fluxcompile.shared_graph import SharedGraph, Sharing
 from fluxcompile.training_graph import (
     TrainingGraph,
     prepare_training,
@@ -75,15 +79,23 @@ def compile_graph(
     example_inputs: Sequence[Any],
     options: CompileOptions,
     reports: list[GraphReport] | None = None,
+    table: LayerTable | None = None,
 ) -> Callable[..., Any]:
-    """As ``flux``, with parsed options; appends a report of the graph to ``reports``."""
-    planner = Planner(options, example_inputs)
+    """As ``flux``, with parsed options.
+
+    Args:
+        reports: gets a report of the graph.
+        table: the layers of the model whose decoder layers are compiled one by one and share
+            graphs.
+    """
+    planner = Planner(options, example_inputs, table)
     if planner.training is not None:
         refuse_checkpointed(gm)
     gm = copy_graph(gm)
     result = analyse(gm, example_inputs, planner.layer_of, planner.layer_names)
+    planner.share(result.gm, result.sites)
     if planner.follows_attachment:
-        guard_owners(result.gm, result.sites, example_inputs)
+        guard_owners(result.gm, result.sites, example_inputs, planner.roles)
     inputs = list(example_inputs)
     if planner.training is not None:
         run = _train(result, planner, inputs, refuse=reports is None)
@@ -101,7 +113,7 @@ def compile_graph(
             warn_of_last_graph()
     compiled = run(lower(gm, inputs, options))
     tie = tie_of(planner.attachment) if planner.attachment else None
-    if tie is not None and isinstance(compiled, CompiledGraph | TrainingGraph):
+    if tie is not None and isinstance(compiled, CompiledGraph | SharedGraph | TrainingGraph):
         return EndingGraph(compiled, tie)
     return compiled
 
@@ -132,7 +144,16 @@ def _infer(result: Rewrite, planner: Planner, inputs: list[Any]) -> _Runtime:
     if io.takes_routes:
         query = value_of(result.routes.columns[0].q)
         inputs.append(routes_example(query.shape[0], len(io.layers), query.device))
-    return _as_it_is if io.is_idle else functools.partial(CompiledGraph, io=io)
+    if io.is_idle:
+        return _as_it_is
+    if planner.shared is None:
+        return functools.partial(CompiledGraph, io=io)
+    sharing = Sharing(planner.shared, planner.layer_of, planner.layer_names)
+    if result.routes.router_inputs:
+        device = value_of(result.sites[0].q).device
+        sharing = replace(sharing, tensors=frozen_tensors(planner.attachment, device))
+        inputs += stand_ins(sharing.tensors[0])
+    return functools.partial(SharedGraph, io=io, sharing=sharing)
 
 
 def _leave_alone(result: Rewrite) -> _Runtime:

@@ -140,8 +140,8 @@ def _inductor(value: Any) -> dict[str, Any]:
 def _our_mode(value: Any) -> str:
     if value not in MODES:
         raise OptionError(
-            f"mode: expected one of {list(MODES)} (Inductor's is torch.compile's own argument), "
-            f"got {value!r}"
+            f"mode: expected one of {list(MODES)} (Inductor's is torch.compile's own argument, "
+            f"fluxcompile.compile's inductor_mode), got {value!r}"
         )
     return value
 

@@ -5,18 +5,18 @@ its class and shape, and one decoder layer's graph fits every layer; yet each ho
 one. The backend therefore adds guards of its own to Dynamo's:
 
 - for each attention, that the weight next to its query belongs to the same layer of the same
-  attachment (or to none): another model and another layer fail it. For the weight of the last call
-  that is one comparison, 0.15 microseconds;
+  attachment (or to none): another model and another layer fail it. Where decoder layers share a
+  graph (``fluxcompile.compile(regional=True)``) it may be any layer of one plan: see ``Roles``. For
+  the weight of the last call that is one comparison, 0.15 microseconds, for others a look-up;
 - for the graph, once something was attached or detached, that its weights belong there still;
 - that what it compiles for one attachment, the same layers and caches of one layout has a
   ``recompile_limit`` of its own (Dynamo knows the like for modules it matches by identity): decoder
   layers compiled one by one, several models, and caches trimmed in ever other layers would soon
   exceed a common one, and run eagerly.
 
-Why not choose the router when the graph is called: a graph for other weights would have to be
-lowered outside Dynamo's tracing, where the shape guards that lowering adds have no effect; and
-little would be shared, as Hugging Face caches make Dynamo trace each decoder layer on its own.
-The graphs of equal layers share Inductor's code through its cache all the same.
+A shared graph takes its router's tensors as inputs. Other graphs have them as constants: Hugging
+Face caches make Dynamo trace each decoder layer on its own, unless the layer sees a view of its
+part alone, so little would be shared. Inductor's cache shares code between equal layers even so.
 
 The guards go where Dynamo collects its own, from inside the backend call, and reach Dynamo through
 :func:`guard_owners` and ``recompile_limit`` alone.
@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,8 +43,36 @@ from fluxcompile.passes.site import AttentionSite
 from fluxcompile.recompile_limit import Allowance, allow, allowance_of
 
 
+@dataclass(frozen=True)
+class Roles:
+    """``tensor -> role``: graphs serve only weights of the role that they were compiled for.
+
+    A role is the attachment and its layer, as :func:`owner_of` says. A graph that is shared serves
+    all layers of one attachment that have one static route, or none; not those without a layer.
+
+    Attributes:
+        layer_of: finds the layer, where not only attachments know it.
+        static: the static routes, one a layer.
+    """
+
+    layer_of: Callable[[torch.Tensor], int | None] | None = None
+    shared: bool = False
+    static: tuple[int, ...] | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> Hashable:
+        generation, layer = owner_of(tensor)
+        if self.layer_of is not None:
+            layer = self.layer_of(tensor)
+        if not self.shared or layer is None:
+            return generation, layer
+        return generation, "any layer", self.static and self.static[layer]
+
+
 def guard_owners(
-    gm: fx.GraphModule, sites: Sequence[AttentionSite], example_inputs: Sequence[Any]
+    gm: fx.GraphModule,
+    sites: Sequence[AttentionSite],
+    example_inputs: Sequence[Any],
+    roles: Roles,
 ) -> None:
     """Let Dynamo reuse what becomes of ``gm`` only where the same routers apply.
 
@@ -57,7 +86,8 @@ def guard_owners(
     values = dict(zip(placeholders, example_inputs, strict=False))
     weights = [site.weight for site in sites if site.weight is not None] or _any_weight(values)
     sources = {node: getattr(node, "_dynamo_source", None) for node in weights}
-    same = {node: SameOwner(values[node]) for node, source in sources.items() if source is not None}
+    known = [node for node, source in sources.items() if source is not None]
+    same = {node: SameOwner(values[node], roles) for node in known}
     owners = Owners(tuple(same.values()))
     for node, check in same.items():
         create = functools.partial(_guard_weight, check)
@@ -71,15 +101,16 @@ def guard_owners(
 class SameOwner:
     """``tensor -> bool``: whether it belongs where the first one did."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.owner = owner_of(tensor)
+    def __init__(self, tensor: torch.Tensor, roles: Roles) -> None:
+        self.owner = roles(tensor)
+        self._roles = roles
         self._last = weakref.ref(tensor)
         self._known = WeakIdKeyDictionary({tensor: None})
 
     def __call__(self, tensor: object) -> bool:
         if self._last() is tensor:
             return True  # what changes around a known tensor is for `Owners` to see
-        if not isinstance(tensor, torch.Tensor) or owner_of(tensor) != self.owner:
+        if not isinstance(tensor, torch.Tensor) or self._roles(tensor) != self.owner:
             return False
         self._last = weakref.ref(tensor)
         self._known[tensor] = None
@@ -87,7 +118,7 @@ class SameOwner:
 
     def still(self) -> bool:
         """Whether all tensors that passed so far would pass again."""
-        return all(owner_of(tensor) == self.owner for tensor in list(self._known))
+        return all(self._roles(tensor) == self.owner for tensor in list(self._known))
 
 
 class Owners:

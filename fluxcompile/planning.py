@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fluxcompile.attachment import any_attached, find, layer_of
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError, RouterError
+from fluxcompile.layer_table import LayerTable
 from fluxcompile.options import CompileOptions
+from fluxcompile.owner_guard import Roles
 from fluxcompile.passes.assign_layers import LayerOf
 from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.passes.plan import Policy, RoutingPlan, Training
@@ -20,23 +22,38 @@ from fluxcompile.router import FluxRouter
 
 
 class Planner:
-    """Who routes this graph: an explicit router, the attached one, static routes, or nobody."""
+    """Who routes this graph: an explicit router, the attached one, static routes, or nobody.
 
-    def __init__(self, options: CompileOptions, example_inputs: Sequence[Any]) -> None:
+    Args:
+        table: of the model whose decoder layers are compiled one by one, which then may share
+            graphs; None otherwise.
+    """
+
+    def __init__(
+        self,
+        options: CompileOptions,
+        example_inputs: Sequence[Any],
+        table: LayerTable | None = None,
+    ) -> None:
         attachment = find(example_inputs)
         self._options = options
+        self._inputs = example_inputs
         self.router: FluxRouter | None = options.router or (attachment and attachment.router)
         attached = attachment is not None and self.router is attachment.router
-        self.layer_of: LayerOf | None = layer_of if attached else None
+        self.layer_of: LayerOf | None = layer_of if attached else table and table.layer_of
         #: whose router routes the graph, if it is an attached one
         self.attachment = attachment if attached else None
         #: what is compiled depends on what is attached to the model
         self.follows_attachment = options.router is None or attached
-        self.layer_names: tuple[str, ...] = self.router.layer_names if self.router else ()
+        known = self.router.layer_names if self.router else table and table.names
+        self.layer_names: tuple[str, ...] = known or ()
         default = self.router.config if self.router else FluxConfig()
         self.config = options.config or default
         self.routes = options.routes or ("router" if self.router else None)
         self.training = self._training(example_inputs) if options.mode == "train" else None
+        self._table = table
+        #: position among the inputs of the weight that tells the layer, if the graph is shared
+        self.shared: int | None = None
 
     def _training(self, example_inputs: Sequence[Any]) -> Training:
         """How training follows the router; refuses what cannot be trained."""
@@ -57,6 +74,30 @@ class Planner:
                 'model to its router use options={"mode": "train", "routes": "locked"}'
             )
         return Training.SOFT
+
+    def share(self, gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> None:
+        """Let the graph serve all layers of one plan, if a weight tells which one it is called for.
+
+        Legal because such a graph has one attention, and what is compiled into it depends on the
+        layer by its ``Roles`` alone: its router's tensors become inputs.
+        """
+        if self._table is None or self.training is not None or len(sites) != 1:
+            return
+        (site,) = sites
+        if site.weight is None or site.layer is None:
+            return
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        position = placeholders.index(site.weight)
+        if self.layer_of(self._inputs[position]) is not None:
+            self.shared = position
+
+    @property
+    def roles(self) -> Roles:
+        """What of the model and the layer that a weight belongs to the graph depends on."""
+        if self._table is None:
+            return Roles()
+        static = self.routes if isinstance(self.routes, tuple) else None
+        return Roles(self.layer_of, shared=self.shared is not None, static=static)
 
     def plan(self, sites: Sequence[AttentionSite]) -> RoutingPlan:
         """Policies for the layers found; says on the sites why one is not routed."""
@@ -94,7 +135,13 @@ class Planner:
         routed = self.by_router or isinstance(self.routes, tuple)
         retrieval = self.config.retrieval if routed else "full"
         return RoutingPlan(
-            self.config, policies, routers, self._options.strict, retrieval, self.training
+            self.config,
+            policies,
+            routers,
+            self._options.strict,
+            retrieval,
+            self.training,
+            shared=self.shared is not None,
         )
 
     @property

@@ -36,7 +36,7 @@ def branch_attention(
     """Rewrite every site that may be rewritten; returns the routes the graph makes or needs."""
     emitter = Emitter(gm)
     masks = MaskOperandCache(emitter)
-    routes = RouteSource(emitter, masks, plan.config.pooling)
+    routes = RouteSource(emitter, masks, plan.config.pooling, plan.shared)
     rings = RingReader(emitter, masks, routes)
     for site in sites:
         if site.skip is not None:

@@ -1,4 +1,6 @@
-"""Put the layer routers into the graph, as constants, in front of the attention they route.
+"""Put the layer routers into the graph in front of the attention they route.
+
+As constants, or where one graph serves several layers as inputs.
 
 Legal because a router only reads: it adds a decision per row and changes no value that the model
 already computes.
@@ -12,6 +14,7 @@ import torch
 from torch import fx
 
 from fluxcompile.layer_router import LayerRouter, standardized
+from fluxcompile.live_router import tensor_names
 from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import value_of
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
@@ -74,15 +77,24 @@ class RouteSource:
 
     A prompt's first call decides with the router; a call on top of a cache reads the routes that
     the runtime hands in; a static cache may be either, which only its length on the device tells.
+
+    Attributes:
+        routes_input: the graph input that brings the rows' routes.
+        router_inputs: with ``shared``, the inputs that bring the router's tensors, in the order of
+            ``tensor_names`` and behind ``routes_input``.
     """
 
-    def __init__(self, emitter: Emitter, masks: MaskOperandCache, pooling: Pooling) -> None:
+    def __init__(
+        self, emitter: Emitter, masks: MaskOperandCache, pooling: Pooling, shared: bool = False
+    ) -> None:
         self._emitter = emitter
+        self._shared = shared
         self._masks = masks
         self._pooling = pooling
         self._reader = RouterReader(emitter, masks, pooling)
         self._unreadable_masks: dict[MaskOperands, fx.Node] = {}
         self.routes_input: fx.Node | None = None
+        self.router_inputs: list[fx.Node] = []
         self.columns: list[AttentionSite] = []
         self.decided: list[fx.Node] = []
 
@@ -121,12 +133,9 @@ class RouteSource:
         masks = self._masks.prefill(site)
         query, index, weight = self._reader.read(site)
         device = value_of(site.q).device
-        name = emitter.submodule("flux_router", constant_router(router, device))
         with emitter.after(query, index, weight):
-            matrices, biases = (
-                [emitter.graph.get_attr(f"{name}.{parameter}") for parameter in parameters]
-                for parameters in _parameters(router)
-            )
+            tensors = self._tensors(router, device)
+            matrices, biases = ([tensors[name] for name in names] for names in _parameters(router))
             picked = emitter.call(pick_tokens, (query, index), like=site.output)
             if self._pooling.is_one_mean and not router.standardizes:
                 route = emitter.call(
@@ -137,7 +146,7 @@ class RouteSource:
                     pool_tokens, (picked, weight, self._pooling), like=site.output
                 )
                 if router.standardizes:
-                    scale = [emitter.graph.get_attr(f"{name}.{buffer}") for buffer in SCALE]
+                    scale = [tensors[name] for name in SCALE]
                     features = emitter.call(standardized, (features, *scale), like=site.output)
                 route = emitter.call(
                     torch.ops.flux.route_features.default, (features, matrices, biases)
@@ -147,6 +156,16 @@ class RouteSource:
         unreadable = self._unreadable(masks, device)
         with emitter.after(route, unreadable):
             return emitter.call(torch.logical_or, (route, unreadable))
+
+    def _tensors(self, router: LayerRouter, device: torch.device) -> dict[str, fx.Node]:
+        """The router's tensors by name, at the current insertion point."""
+        emitter, names = self._emitter, tensor_names(router)
+        if self._shared:
+            inputs = [f"flux_router_{name.replace('.', '_')}" for name in names]
+            self.router_inputs = [emitter.placeholder(name) for name in inputs]
+            return dict(zip(names, self.router_inputs, strict=True))
+        module = emitter.submodule("flux_router", constant_router(router, device))
+        return {name: emitter.graph.get_attr(f"{module}.{name}") for name in names}
 
     def _unreadable(self, masks: MaskOperands, device: torch.device) -> fx.Node:
         """bool [] on the device, brought there once: the given mask was not what it should be."""

@@ -32,7 +32,8 @@ class RoutingPlan:
     ``policies`` maps a layer to its policy and ``routers`` a layer to its trained router; a layer
     that is missing from ``policies`` gets full attention. ``retrieval`` is what full attention
     means in a layer that a router or a static pattern routes: the configuration's, or ``"full"``
-    where full attention is what the user asked for. ``training`` is None in inference.
+    where full attention is what the user asked for. ``training`` is None in inference. With
+    ``shared`` the graph serves several layers: its router's tensors are inputs, not constants.
     """
 
     config: FluxConfig
@@ -41,3 +42,4 @@ class RoutingPlan:
     strict: bool = False
     retrieval: str = "full"
     training: Training | None = None
+    shared: bool = False

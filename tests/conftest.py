@@ -33,3 +33,18 @@ def fresh_state():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def lowered(monkeypatch) -> list:
+    """One entry a graph that the backend lowers: its compilations are counted by these."""
+    from fluxcompile import backend
+
+    graphs, lower = [], backend.lower
+
+    def counting(gm, inputs, options):
+        graphs.append(gm)
+        return lower(gm, inputs, options)
+
+    monkeypatch.setattr(backend, "lower", counting)
+    return graphs

@@ -17,7 +17,7 @@ import fluxcompile.backend
 from fluxcompile import FluxConfig, FluxRouter, attach, detach
 from fluxcompile.attachment import layer_of
 from fluxcompile.errors import FluxWarning
-from fluxcompile.owner_guard import Owners, SameOwner
+from fluxcompile.owner_guard import Owners, Roles, SameOwner
 from fluxcompile.runtime import CompiledGraph
 from fluxcompile.soft_routes import soft_routes
 from tests.router_models import tiny_llama
@@ -283,7 +283,7 @@ def test_a_model_that_goes_takes_its_code_along(ids, compiled):
 def test_the_check_looks_nothing_up_while_nothing_changes(monkeypatch):
     model = llama("SF")
     weight = model.model.layers[1].self_attn.q_proj.weight
-    same = SameOwner(weight)
+    same = SameOwner(weight, Roles())
     owners = Owners((same,))
     assert layer_of(weight) == 1
     monkeypatch.setattr(fluxcompile.owner_guard, "owner_of", None)
