@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fluxcompile
+from tests.parity.caches import flux_cache, generate_with, untrimmed
 from tests.parity.decide import decide
 from tests.parity.harness import (
     all_rows,
@@ -110,3 +111,32 @@ def test_every_routed_layer_brings_its_own_tensors(lowered):
     assert not [name for name, _ in gm.named_parameters()]
     inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     assert sum(name.startswith("flux_router") for name in inputs) == 10
+
+
+@pytest.mark.parametrize(
+    ("padding", "trimmed"),
+    [("none", (0, 2, 3, 5)), ("left", ())],  # a layer by itself sees a mask, not what made it
+)
+def test_a_flux_cache_is_trimmed_where_layers_are_sparse(padding, trimmed):
+    pattern, new = (0, 1, 0, 0, 1, 0), LOCAL + 13
+    model, given = tiny_model("llama", num_hidden_layers=6), prompt(3, 63, padding)
+    options = {"routes": pattern, "config": flux_config(), "lowering": "eager", "strict": True}
+    fluxcompile.compile(model, regional=True, **options)
+    expected = generate_with(model, given, new, untrimmed(model))
+    cache = flux_cache(model)
+    got = generate_with(model, given, new, cache)
+    assert_same_generation(got, expected)
+    assert torch.equal(got.tokens, expected.tokens)
+    assert cache.memory().trimmed == trimmed
+
+
+def test_a_router_trims_a_flux_cache_layer_by_layer():
+    model, _, router = routed("llama")
+    given, new = prompt(1, 63, "none"), LOCAL + 9
+    expected = generate_with(model, given, new, untrimmed(model))
+    (sparse,) = (~fluxcompile.routes(model).fa).tolist()
+    cache = flux_cache(model)
+    got = generate_with(model, given, new, cache)
+    assert torch.equal(got.tokens, expected.tokens)
+    assert cache.memory().trimmed == tuple(i for i, s in enumerate(sparse) if s)
+    assert 0 < sum(sparse) < len(sparse)
