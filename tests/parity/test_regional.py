@@ -131,7 +131,7 @@ def test_a_flux_cache_is_trimmed_where_layers_are_sparse(padding, trimmed):
 
 
 def test_a_router_trims_a_flux_cache_layer_by_layer():
-    model, _, router = routed("llama")
+    model, _, _ = routed("llama")
     given, new = prompt(1, 63, "none"), LOCAL + 9
     expected = generate_with(model, given, new, untrimmed(model))
     (sparse,) = (~fluxcompile.routes(model).fa).tolist()
