@@ -15,6 +15,7 @@ from fluxcompile.attachment import attach
 from fluxcompile.backend import compile_graph
 from fluxcompile.errors import OptionError
 from fluxcompile.options import CompileOptions
+from fluxcompile.packed_rows import ModelCall
 from fluxcompile.regional import compile_regions
 from fluxcompile.router import FluxRouter
 
@@ -72,10 +73,13 @@ def compile(
         attach(model, router)
     wanted = regional, parsed, dynamic, fullgraph
     how = {"dynamic": dynamic, "fullgraph": fullgraph}
-    if regional:
-        calls = compile_regions(model, parsed, **how)
-    else:
-        calls = {model: torch.compile(model._call_impl, backend=Flux(parsed), **how)}
+    calls = compile_regions(model, parsed, **how) if regional else {}
+    whole = model._call_impl
+    if not regional:
+        whole = torch.compile(whole, backend=Flux(parsed), **how)
+    # Disabled, as whoever compiles the model from outside (generate does, on a GPU with a static
+    # cache) would trace through to what is not compiled; what is compiled inside runs compiled.
+    calls[model] = torch.compiler.disable(ModelCall(whole, model, parsed))
     if all(_settings_of(module) == wanted for module in calls):
         return model
     _undo(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fluxcompile.backend import compile_graph
+from fluxcompile.errors import FluxWarning
 from fluxcompile.model_layers import unwrap
 from fluxcompile.options import CompileOptions
 from fluxcompile.report import FluxReport, GraphReport
@@ -57,5 +59,15 @@ def routes(model: nn.Module) -> Routes | None:
     """The routes of the model's last prompt, bool ``[batch, layers]`` with its Ω; None before one.
 
     Reading them waits for the device.
+
+    Warns if there are none because ``generate`` was called on what ``torch.compile`` returned.
     """
-    return routes_of(model)
+    found = routes_of(model)
+    if found is None and hasattr(model, "_orig_mod"):
+        warnings.warn(
+            "no routes: generate() of torch.compile's wrapper runs the model uncompiled; compile "
+            'the model itself, with fluxcompile.compile(model) or model.compile(backend="flux")',
+            FluxWarning,
+            stacklevel=2,
+        )
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fluxcompile import kernels
+from fluxcompile.cacheable import call_methods_by_function, our_functions
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.insert_router import ROUTES_INPUT
 
@@ -26,10 +27,11 @@ def lower(
         return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=_patches(options))
+    call_methods_by_function(gm)
+    return compile_fx(gm, list(example_inputs), config_patches=_patches(gm, options))
 
 
-def _patches(options: CompileOptions) -> dict[str, Any]:
+def _patches(gm: fx.GraphModule, options: CompileOptions) -> dict[str, Any]:
     from torch._inductor import config
 
     from fluxcompile.branch_operands import KeepBranchOperandOrder
@@ -39,6 +41,7 @@ def _patches(options: CompileOptions) -> dict[str, Any]:
     patches[name] = KeepBranchOperandOrder(patches.get(name, getattr(config, name)))
     patches["unsafe_marked_cacheable_functions"] = {
         **config.unsafe_marked_cacheable_functions,
+        **our_functions(gm),
         # A guarded branch is cacheable: its branches are submodules of the graph in the key.
         "torch.ops.higher_order.cond": kernels_version(),
     }

@@ -17,6 +17,7 @@ from fluxcompile.layer_table import LayerTable
 from fluxcompile.model_layers import attention_layers
 from fluxcompile.one_layer_cache import CACHE_ARGUMENTS, view_of
 from fluxcompile.options import CompileOptions
+from fluxcompile.packed_rows import holds_packed_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class LayerCall:
         self._attention = attention
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if holds_packed_rows(kwargs):
+            return self._layer._call_impl(*args, **kwargs)
         index = getattr(self._attention, "layer_idx", None)
         for name in CACHE_ARGUMENTS:
             if isinstance(index, int) and kwargs.get(name) is not None:
@@ -49,7 +52,7 @@ class LayerCall:
 def compile_regions(
     model: nn.Module, options: CompileOptions, **torch_options: Any
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """What each module's compiled call becomes: the decoder layers' and the model's.
+    """What each decoder layer's compiled call becomes.
 
     Raises:
         OptionError: the options want the whole model, or it has no stack of decoder layers.
@@ -66,8 +69,6 @@ def compile_regions(
         if kind not in runs:
             runs[kind] = torch.compile(_code_of_its_own(), backend=backend, **torch_options)
         calls[layer] = LayerCall(runs[kind], layer, model.get_submodule(name))
-    # Whoever compiles the model from outside (generate does) shall not trace through its layers.
-    calls[model] = torch.compiler.disable(model._call_impl)
     return calls
 
 
