@@ -6,8 +6,8 @@
 
 Every contender has a new folder for Inductor's and Triton's caches and two processes, one after the
 other. Each makes the model, loads libraries, compiles as it answers a prompt with some tokens, and
-answers the prompt again: what the first answer took longer is the compile time. Regional compiles
-(``fluxcompile.compile(model, regional=True)``) are left out where there are none.
+answers the prompt again: what the first answer took longer is the compile time. Regional:
+``fluxcompile.compile(model, regional=True)``.
 """
 
 import argparse
@@ -20,10 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import fluxcompile
 from common import print_table
 from compile_worker import CONTENDERS, add_worker_arguments
-from record import Record, add_common_arguments
+from record import Record, parse_with_common
 
 WORKER = Path(__file__).with_name("compile_worker.py")
 PASSED_ON = (
@@ -40,18 +39,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_worker_arguments(parser)
-    add_common_arguments(parser)
-    args = parser.parse_args(arguments)
-    args.shape = "tiny" if args.tiny else args.shape
-    return args
+    return parse_with_common(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     record = Record("compile_time", args)
     for name in CONTENDERS:
-        left_out = "regional" in name and not hasattr(fluxcompile, "compile")
-        if record.has(name) or left_out or (args.only and not re.search(args.only, name)):
+        if record.has(name) or (args.only and not re.search(args.only, name)):
             continue
         row: dict = {"name": name}
         try:

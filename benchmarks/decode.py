@@ -37,7 +37,7 @@ from common import (
 from decode_contenders import ROUTES, Contender, Runner, contenders
 from decode_reference import reference_logits
 from models import SHAPES, decode_bytes, kv_token_bytes, load_model
-from record import Record, add_common_arguments, dtype_on
+from record import Record, dtype_on, parse_with_common
 from stepping import Stepper, watched
 
 CHECKED, WARM_UP, HOST, WATCHED = 3, 10, 10, 5  # steps
@@ -57,10 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sink", type=int, default=fluxcompile.FluxConfig().sink)
     parser.add_argument("--local", type=int, default=fluxcompile.FluxConfig().local)
     parser.add_argument("--steps", type=int, default=50, help="under the clock")
-    add_common_arguments(parser)
-    args = parser.parse_args(arguments)
-    args.shape = "tiny" if args.tiny else args.shape
-    return args
+    return parse_with_common(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

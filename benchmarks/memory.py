@@ -25,7 +25,7 @@ import fluxcompile
 from caches import KINDS, new_cache
 from common import PeakMemory, forget_compiled, forgive_older_names, print_table, seconds
 from models import SHAPES, kv_token_bytes, load_model
-from record import Record, add_common_arguments, dtype_on
+from record import Record, dtype_on, parse_with_common
 from routing import spread_dense
 
 AFTER = 128  # tokens that a cache of fixed size has room for beyond the prompt
@@ -65,10 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--caches", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sink", type=int, default=fluxcompile.FluxConfig().sink)
     parser.add_argument("--local", type=int, default=fluxcompile.FluxConfig().local)
-    add_common_arguments(parser)
-    args = parser.parse_args(arguments)
-    args.shape = "tiny" if args.tiny else args.shape
-    return args
+    return parse_with_common(parser, arguments)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from checking import WrongLogits
 from common import forgive_older_names, matmul_ceiling, print_table
 from models import SHAPES, load_model
 from prefill_run import Prefill, cost_row, peers
-from record import Record, add_common_arguments, dtype_on
+from record import Record, dtype_on, parse_with_common
 from routing import spread_dense
 
 PEERS = ("eager", "inductor", "flux", "flux-router")
@@ -60,10 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="time this many pairs of calls, 2 or more, under a fixed pattern (full, or each "
         "--omega) and under routers that decide the same: what routers cost",
     )
-    add_common_arguments(parser)
-    args = parser.parse_args(arguments)
-    args.shape = "tiny" if args.tiny else args.shape
-    return args
+    return parse_with_common(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -84,8 +84,11 @@ def _same(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
     return there == here and earlier["settings"] == now["settings"]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--tiny``, ``--lowering``, ``--only``, ``--json``, ``--resume``."""
+def parse_with_common(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> argparse.Namespace:
+    """Parse what ``parser`` knows (``--shape`` among it) and what all scripts with a record take:
+    ``--device``, ``--tiny``, ``--lowering``, ``--only``, ``--json``, ``--resume``."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--lowering", default="inductor", help="of flux")
@@ -94,6 +97,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that --json has, if they are of this"
     )
+    args = parser.parse_args(arguments)
+    args.shape = "tiny" if args.tiny else args.shape
+    return args
 
 
 def dtype_on(device: str) -> torch.dtype:

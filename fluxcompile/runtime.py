@@ -16,11 +16,9 @@ from typing import Any
 import torch
 
 from fluxcompile.errors import FluxWarning, RewriteError
-from fluxcompile.kept_routes import KeptRoutes, _routes_of_cache, keep, kept
+from fluxcompile.kept_routes import KeptRoutes, keep, kept
 from fluxcompile.rings import GrowingLayer, known_layout, make_rings
 from fluxcompile.route_record import Routes, record_routes
-
-__all__ = ["CompiledGraph", "KeptRoutes", "RouteIO", "_routes_of_cache"]
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def routed(model, ids, **inputs) -> str:
 
 
 @torch.no_grad()
-def logits(model, ids, static: bool = False) -> torch.Tensor:
-    """Of a prompt's last token and of four more."""
+def logits(model, ids, static: bool = False, **options) -> torch.Tensor:
+    """Of a prompt's last token and of four more; ``options`` may allow HF's own compilation."""
     extra = {"cache_implementation": "static"} if static else {}
     out = model.generate(
         ids,
@@ -79,10 +79,9 @@ def logits(model, ids, static: bool = False) -> torch.Tensor:
         min_new_tokens=5,
         max_new_tokens=5,
         do_sample=False,
-        disable_compile=True,
         return_dict_in_generate=True,
         output_logits=True,
-        **extra,
+        **({"disable_compile": True} | extra | options),
     )
     return torch.stack(out.logits)
 
@@ -203,7 +202,11 @@ def test_tensors_that_a_model_got_later(ids):
 
 
 def test_layers_that_change_places_keep_their_routers(ids):
-    model = compile_whole(llama("SF"))
+    check_changed_places(compile_whole(llama("SF")), ids)
+
+
+def check_changed_places(model, ids) -> None:
+    """``model``, compiled, whose two layers are routed ``"SF"``."""
     assert routed(model, ids, use_cache=False) == "SF"
     model.model.layers = nn.ModuleList(reversed(model.model.layers))
     with torch.no_grad():

@@ -14,6 +14,7 @@ from fluxcompile.attachment import attachment_of
 from fluxcompile.one_layer_cache import OneLayerCache, view_of
 from tests.test_owner import (
     alone,
+    check_changed_places,
     compiled_graphs,
     flux_warnings,
     llama,
@@ -62,14 +63,7 @@ def test_router_attached_replaced_and_detached(ids):
 
 
 def test_layers_that_change_places_keep_their_routers(ids):
-    model = regional(llama("SF"))
-    assert routed(model, ids, use_cache=False) == "SF"
-    model.model.layers = nn.ModuleList(reversed(model.model.layers))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    routes = fluxcompile.routes(model)
-    assert routes.layer_names == ("model.layers.1.self_attn", "model.layers.0.self_attn")
-    assert routes.fa.tolist() == [[True, False]]
+    check_changed_places(regional(llama("SF")), ids)
 
 
 @pytest.mark.parametrize("static", [None, [0, 1]], ids=["router", "static"])

@@ -25,27 +25,12 @@ def auto_compile(fullgraph: bool = False) -> CompileConfig:
     return config
 
 
-@torch.no_grad()
-def generated(model, ids, **options) -> torch.Tensor:
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        min_new_tokens=5,
-        max_new_tokens=5,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return torch.stack(out.logits)
-
-
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_generate_runs_our_code_where_it_would_compile_by_itself(ids, regional):
     model = llama("SFS")
     expected = alone(model, "SFS", ids, static=True)
     fluxcompile.compile(model, regional=regional, lowering="eager", strict=True)
-    got = generated(model, ids, cache_implementation="static", compile_config=auto_compile())
+    got = logits(model, ids, static=True, disable_compile=False, compile_config=auto_compile())
     torch.testing.assert_close(got, expected)
     assert str(fluxcompile.routes(model)).startswith("row 0: SFS")
 

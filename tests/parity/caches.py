@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import fluxcompile
-from tests.parity.harness import Generated
+from tests.parity.harness import Generated, generate
 from tests.parity.models import LOCAL, SINK, Prompt
 
 SPARE = 4
@@ -29,21 +28,8 @@ def untrimmed(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
-@torch.no_grad()
 def generate_with(model: PreTrainedModel, prompt: Prompt, new: int, cache, **options) -> Generated:
     """Greedy ``generate`` of exactly ``new`` tokens on top of ``cache``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer names of past_key_values
-        out = model.generate(
-            prompt.ids,
-            attention_mask=prompt.mask,
-            max_new_tokens=new,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            past_key_values=cache,
-            **options,
-        )
-    tokens = out.sequences[:, prompt.ids.shape[1] :]
-    assert tokens.shape[1] == new
-    return Generated(tokens, torch.stack(out.logits, dim=1))
+        return generate(model, prompt, new, disable_compile=False, past_key_values=cache, **options)

@@ -77,18 +77,19 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, prompt: Prompt, new: int, static: bool = False) -> Generated:
-    """Greedy ``generate`` of exactly ``new`` tokens, without HF's own compilation."""
+def generate(
+    model: PreTrainedModel, prompt: Prompt, new: int, static: bool = False, **options
+) -> Generated:
+    """Greedy ``generate`` of exactly ``new`` tokens; ``options`` may allow HF's own compilation."""
     extra = {"cache_implementation": "static"} if static else {}
     out = model.generate(
         prompt.ids,
         attention_mask=prompt.mask,
         max_new_tokens=new,
         do_sample=False,
-        disable_compile=True,
         return_dict_in_generate=True,
         output_logits=True,
-        **extra,
+        **({"disable_compile": True} | extra | options),
     )
     tokens = out.sequences[:, prompt.ids.shape[1] :]
     assert tokens.shape[1] == new

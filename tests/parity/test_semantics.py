@@ -303,7 +303,7 @@ def test_beam_search_loses_routes_at_its_first_reordering():
 
 
 def test_routes_do_not_outlive_their_cache():
-    from fluxcompile.runtime import _routes_of_cache
+    from fluxcompile.kept_routes import _routes_of_cache
 
     made, _, _ = setting(strict=True)
     given = prompt(2, 50)
