@@ -353,6 +353,7 @@ def test_demo_runs_on_the_whole_model():
 
 
 @needs_model
+@pytest.mark.slow
 @pytest.mark.skipif(not packaged.packaged_routers(), reason="no trained router is packaged")
 @pytest.mark.timeout(900)
 def test_the_packaged_router_routes_the_two_prompts_differently(capsys):
