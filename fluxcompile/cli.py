@@ -237,3 +237,21 @@ def convert(
     with _errors_told():
         router = command.convert(source, output, dtype.value)
     typer.echo(f"router of {len(router.layer_names)} layers: {output}")
+
+
+@app.command()
+def doctor(
+    lowering: Annotated[
+        Lowering | None,
+        typer.Option(help="Of the self-test; inductor by default, eager without a C++ compiler."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check versions, Triton, GPU, caches and the backend, and run one layer as a test.
+
+    Exits with 1 if something does not work.
+    """
+    from fluxcompile.doctor.command import run_doctor
+
+    works = run_doctor(lowering.value if lowering else None, as_json)
+    raise typer.Exit(0 if works else 1)
