@@ -240,6 +240,54 @@ def convert(
 
 
 @app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help='"smollm2", a directory, or a model on the Hub.')
+    ] = "smollm2",
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one page: layers, routes, time and KV memory of each layer."),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="A trained router: a folder, packaged name or hub id.")
+    ] = None,
+    routes: Annotated[
+        str | None,
+        typer.Option(help='"full", "sparse", "static" (smollm2\'s), or 0/1 a layer: "1,0,0,…".'),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text of a prompt; repeatable, one row each.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the built-in prompt, without --prompt.")
+    ] = 1024,
+    sink: Annotated[int | None, typer.Option(min=1, help="Of fixed routes.")] = None,
+    local: Annotated[int | None, typer.Option(min=1, help="Of fixed routes.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs that the page's times are of.")] = 3,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Run a prompt and show what became of each attention layer, and why."""
+    with _errors_told():
+        from fluxcompile.explaining.command import ExplainSettings, run_explain
+
+        settings = ExplainSettings(
+            model,
+            router=router,
+            routes=routes,
+            sink=sink,
+            local=local,
+            prompts=prompt or (),
+            tokens=tokens,
+            html=html,
+            repeats=repeats,
+            device=device,
+            dtype=dtype.value if dtype else None,
+        )
+        run_explain(settings)
+
+
+@app.command()
 def doctor(
     lowering: Annotated[
         Lowering | None,

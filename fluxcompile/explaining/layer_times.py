@@ -1,0 +1,39 @@
+"""How long each layer's attention took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fluxcompile.explaining.timed_graph import TimedGraph
+
+#: what the numbers are, for whoever prints them
+HOW = (
+    "Median over {repeats} runs of the prompt's attention alone (no projections, no router), in "
+    "the rewritten graph run node by node, without Inductor, on {device}."
+)
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Median seconds of each layer's attention for the whole batch.
+
+    Attributes:
+        routed: module path -> seconds, on the routes that were taken.
+        full: the same with all routes pinned to full.
+        how: how they were measured, in words.
+    """
+
+    routed: dict[str, float]
+    full: dict[str, float]
+    how: str
+
+
+def medians(graphs: Iterable[TimedGraph]) -> dict[str, float]:
+    """Module path -> median seconds; the first run of each graph, which warms up, is left out."""
+    found: dict[str, float] = {}
+    for graph in graphs:
+        for path, seconds in graph.runs.items():
+            found[path] = found.get(path, 0.0) + statistics.median(seconds[1:] or seconds)
+    return found

@@ -1,0 +1,108 @@
+"""``explain_prompt``: what it finds is what the model does."""
+
+import pytest
+import torch
+from torch import nn
+
+import fluxcompile
+from fluxcompile import FluxCache, OptionError
+from fluxcompile.explaining import explain_prompt
+from fluxcompile.passes.site import SkipReason
+from tests.explaining import cases
+from tests.passes.graphs import Layer, eager_softmax, hidden
+from tests.router_models import random_router
+
+PATHS = list(cases.PATHS)
+PINNED = {"routes": [1, 0, 0, 1], "config": cases.SMALL}
+
+
+@pytest.fixture(scope="module")
+def pinned():
+    return explain_prompt(cases.model(), options=PINNED, repeats=2, **cases.prompt())
+
+
+class TestPinned:
+    def test_layers(self, pinned):
+        assert [row.path for row in pinned.layers.rows] == PATHS
+        became = [row.became for row in pinned.layers.rows]
+        assert became == ["full", "streaming", "streaming", "full"]
+
+    def test_routes(self, pinned):
+        assert pinned.routes.fa.tolist() == [[True, False, False, True]] * cases.ROWS
+        assert pinned.routes.omega == 0.5
+
+    def test_every_layer_is_timed(self, pinned):
+        for times in (pinned.times.routed, pinned.times.full):
+            assert list(times) == PATHS
+            assert all(0 < seconds < 60 for seconds in times.values())
+        assert "Median over 2 runs" in pinned.times.how
+        assert "without Inductor" in pinned.times.how
+
+    def test_memory_is_that_of_the_users_cache(self, pinned):
+        model = cases.model()
+        fluxcompile.compile(model, lowering="eager", **PINNED)
+        cache = FluxCache(model, sink=cases.SMALL["sink"], local=cases.SMALL["local"])
+        with torch.no_grad():
+            model(**cases.prompt(), past_key_values=cache)
+        assert pinned.memory == cache.memory()
+        assert pinned.memory.trimmed == (1, 2)
+
+    def test_full_memory_by_arithmetic(self, pinned):
+        keys_and_values, kv_heads, head_dim, float32 = 2, 2, 16, 4
+        whole = keys_and_values * cases.ROWS * kv_heads * cases.TOKENS * head_dim * float32
+        assert pinned.memory.untrimmed == (whole,) * cases.LAYERS
+        assert [pinned.memory.layers[i] == whole for i in range(4)] == [True, False, False, True]
+
+
+@torch.no_grad()
+def test_a_routers_routes_are_those_of_the_compiled_model():
+    """Runs that are pinned to full, for their times, leave no trace, and the model is as it was."""
+    model, given = cases.model(), cases.prompt()
+    config = fluxcompile.FluxConfig(**cases.SMALL)
+    fluxcompile.attach(model, random_router(head_dim=16, layers=cases.LAYERS, config=config))
+    logits = model(**given).logits
+    report = explain_prompt(model, repeats=1, **given)
+    assert {row.became for row in report.layers.rows} == {"routed: full or streaming"}
+    assert 0 < report.routes.omega < 1
+    assert fluxcompile.routes(model) is report.routes
+    assert torch.equal(model(**given).logits, logits)
+    assert model._compiled_call_impl is None
+    fluxcompile.compile(model, lowering="eager")
+    model(**given)
+    assert torch.equal(fluxcompile.routes(model).fa, report.routes.fa)
+
+
+def test_nobody_routes():
+    report = explain_prompt(cases.model(), repeats=0, **cases.prompt())
+    assert {row.reason for row in report.layers.rows} == {SkipReason.NO_ROUTER}
+    assert report.times is None
+    assert report.routes is None or report.routes.omega == 0
+    assert report.memory.share == 1.0
+
+
+def test_no_cache_is_forced_on_a_call_without_one():
+    report = explain_prompt(
+        cases.model(), options=PINNED, repeats=0, use_cache=False, **cases.prompt()
+    )
+    assert report.memory is None
+    assert {row.cache for row in report.layers.rows} == {"none"}
+
+
+def test_a_hand_written_model_with_a_layer_that_is_left_alone():
+    net = nn.Sequential(Layer(), Layer(eager_softmax)).requires_grad_(False)
+    options = {"routes": "sparse", "config": {**cases.SMALL, "sink": 2, "local": 4}}
+    report = explain_prompt(net, hidden(), options=options, repeats=1)
+    assert report.memory is None
+    assert [row.became for row in report.layers.rows] == ["streaming", "left alone"]
+    assert set(report.times.routed) == {"0"}, "what is written out is no operator"
+
+
+@pytest.mark.parametrize("repeats", [-1, 1.5, True])
+def test_bad_repeats(repeats):
+    with pytest.raises(OptionError, match="repeats: expected an int >= 0"):
+        explain_prompt(cases.model(), repeats=repeats, **cases.prompt())
+
+
+def test_unknown_options():
+    with pytest.raises(OptionError, match="expected any of"):
+        explain_prompt(cases.model(), options={"routs": "full"}, **cases.prompt())
