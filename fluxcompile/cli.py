@@ -63,7 +63,9 @@ def demo(
     tokens: Annotated[
         int, typer.Option(min=256, max=8000, help="Length of the prompt, in tokens.")
     ] = 3200,
-    max_new_tokens: Annotated[int, typer.Option(min=3, max=128)] = 24,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=3, max=128, help="Tokens of an answer, at most.")
+    ] = 24,
     routes: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +77,9 @@ def demo(
         Path | None, typer.Option(help="A trained router's folder; implies --routes router.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts that a router decides for.")] = 0,
-    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
@@ -115,18 +119,20 @@ def train(
     ] = None,
     sink: Annotated[int, typer.Option(min=1, help="First tokens that SA attends to.")] = 128,
     local: Annotated[int, typer.Option(min=1, help="Latest tokens that SA attends to.")] = 2048,
-    steps: Annotated[int, typer.Option(min=1)] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Examples a step, over all processes.")
     ] = 48,
     micro_batch: Annotated[int, typer.Option(min=1, help="Examples a process runs at once.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of the routers.")] = 5e-4,
     multiplier_lr: Annotated[float, typer.Option(help="Learning rate of λ1 and λ2.")] = 1e-3,
-    seed: Annotated[int, typer.Option()] = 42,
+    seed: Annotated[int, typer.Option(help="Of data, noise and a new router.")] = 42,
     task: Annotated[
         list[str] | None, typer.Option(help="NAME=TARGET sparsity of a task; repeatable.")
     ] = None,
-    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
     dtype: Precision = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.")] = False,
     resume: Annotated[
@@ -196,8 +202,10 @@ def evaluate(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Prompts a task and length.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.")] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
-    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    seed: Annotated[int, typer.Option(help="Of the prompts and the intervals.")] = 0,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
