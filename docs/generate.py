@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from option_tables import options_page
+from rewrite_picture import rewrite_picture
 
 FOLDER = Path(__file__).parent
-PAGES = {"options.md": options_page}
+PAGES = {"options.md": options_page, "rewrite.svg": rewrite_picture}
 
 
 def main() -> int:
