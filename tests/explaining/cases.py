@@ -14,9 +14,9 @@ LAYERS, ROWS, TOKENS = 4, 3, 100
 PATHS = tuple(f"model.layers.{i}.self_attn" for i in range(LAYERS))
 
 
-def model() -> nn.Module:
+def model(layers: int = LAYERS) -> nn.Module:
     torch.manual_seed(0)
-    return tiny_llama(num_hidden_layers=LAYERS).requires_grad_(False)
+    return tiny_llama(num_hidden_layers=layers).requires_grad_(False)
 
 
 def prompt() -> dict[str, torch.Tensor]:
