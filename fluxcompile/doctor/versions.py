@@ -71,7 +71,12 @@ def judge(name: str, version: str, wanted: SpecifierSet) -> Finding:
 
 
 def _range_of(name: str) -> SpecifierSet:
-    for line in metadata.requires(PACKAGE) or ():
+    """Empty, which takes everything, where nobody says."""
+    try:
+        lines = metadata.requires(PACKAGE) or ()
+    except metadata.PackageNotFoundError:  # a line of its own says so
+        lines = ()
+    for line in lines:
         requirement = Requirement(line)
         if requirement.name == name:
             return requirement.specifier

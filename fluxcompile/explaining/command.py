@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def run_explain(settings: ExplainSettings, console: Console | None = None) -> Pr
             repeats=settings.repeats if settings.html else 0,
             facts=facts,
             **{name: tensor.to(device) for name, tensor in inputs.items()},
-            logits_to_keep=1,
+            **_last_logits(model),
         )
     console.print(report.layers)
     if report.routes is not None:
@@ -101,6 +102,12 @@ def run_explain(settings: ExplainSettings, console: Console | None = None) -> Pr
         write_all({settings.html: report.html().encode()})
         typer.echo(f"page: {settings.html}")
     return report
+
+
+def _last_logits(model: nn.Module) -> dict[str, int]:
+    """Nobody looks at the logits: of a long prompt they would be the largest tensor of all."""
+    takes = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 @contextlib.contextmanager

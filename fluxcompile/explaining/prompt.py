@@ -29,8 +29,8 @@ class PromptReport:
         layers: one row an attention, as :func:`fluxcompile.explain` gives them.
         routes: which attention each row of the batch took; None if nobody routed it.
         times: of each layer's attention; None if it was not asked for.
-        memory: of a :class:`fluxcompile.FluxCache` once the prompt has run; None for a model whose
-            cache is not transformers'.
+        memory: of a :class:`fluxcompile.FluxCache` once the prompt has run; None where there was
+            none: a model that is not transformers', an encoder-decoder, a cache of the caller's.
         facts: what else a reader wants to know: model, device, tokens, versions.
     """
 
@@ -126,7 +126,8 @@ def _cache(model: nn.Module, options: CompileOptions, kwargs: Mapping[str, Any])
     """A cache that forgets what these routes do not read; None where there is to be none."""
     from transformers import PreTrainedConfig
 
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or config.is_encoder_decoder:
         return None
     if "past_key_values" in kwargs or "use_cache" in kwargs:
         return None

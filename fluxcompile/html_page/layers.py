@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from fluxcompile.explaining.prompt import PromptReport
+from fluxcompile.passes.site import CacheKind
 from fluxcompile.report import AttentionReport
 
 
@@ -64,12 +65,12 @@ def _memory(report: PromptReport) -> dict[int, tuple[int, int]]:
         return {}
     rows, layers = report.layers.rows, len(report.memory.layers)
     own = [_number(row.path) for row in rows]
-    if len(rows) == layers and len({*own}) != layers:
-        own = list(range(layers))  # paths without numbers: in the order they ran
+    if len(rows) == layers and len({*own} - {None}) != layers:
+        own = list(range(layers))  # paths without numbers of their own: in the order they ran
     return {
         index: (report.memory.layers[layer], report.memory.untrimmed[layer])
-        for index, layer in enumerate(own)
-        if layer is not None and layer < layers
+        for index, (layer, row) in enumerate(zip(own, rows, strict=True))
+        if layer is not None and layer < layers and row.cache != CacheKind.NONE.value
     }
 
 

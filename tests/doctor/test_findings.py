@@ -62,6 +62,17 @@ class TestVersions:
         expect(versions.package_version("torch"), Status.FAIL, "not installed", '"torch>=2.11"')
         expect(versions.own_version(), Status.FAIL, "is not installed", "pip install fluxcompile")
 
+    def test_nothing_else_stops_where_this_package_is_not_installed(self, monkeypatch):
+        version = metadata.version
+        for name in ("requires", "metadata"):
+            monkeypatch.setattr(metadata, name, absent)
+        monkeypatch.setattr(
+            metadata, "version", lambda name: absent() if name == "fluxcompile" else version(name)
+        )
+        expect(versions.own_version(), Status.FAIL, "is not installed")
+        assert versions.package_version("torch").status is not Status.FAIL
+        assert versions.python_version().status is Status.OK
+
     def test_a_second_copy_of_this_package(self, monkeypatch):
         monkeypatch.setattr(fluxcompile, "__version__", "0.0.9")
         expect(versions.own_version(), Status.FAIL, "0.0.9 runs", "second copy")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fluxcompile.explaining import LayerTimes
+from fluxcompile.html_page.layers import layers_of
 from fluxcompile.html_page.markup import Markup, element, join
 from fluxcompile.html_page.style import POLICY
 from fluxcompile.html_page.units import bytes_in_words, seconds_in_words
@@ -134,6 +135,22 @@ class TestWhatIsMissing:
             for cell in page.all("g", class_="cell", data_path=report.layers.rows[0].path)
         ]
         assert routes == ["none"] * cases.ROWS
+
+    @pytest.mark.parametrize(
+        ("paths", "cache", "kept"),
+        [
+            (("a.2.x", "a.0.x", "a.3.x", "a.1.x"), "dynamic", (5000, 3000, 6000, 4000)),
+            (("first", "second", "third", "last"), "dynamic", (3000, 4000, 5000, 6000)),
+            (("a.0.x", "a.9.x", "a.1.x"), "dynamic", (3000, None, 4000)),
+            (("a.0.x", "a.1.x", "a.2.x", "a.3.x"), "none", (None,) * 4),
+        ],
+        ids=["out of order", "without numbers", "beyond the cache", "no cache"],
+    )
+    def test_whose_memory_is_whose(self, report, paths, cache, kept):
+        (graph,) = report.layers.graphs
+        rows = tuple(replace(graph.rows[0], path=path, cache=cache) for path in paths)
+        changed = replace(report, layers=FluxReport((GraphReport(rows, 0.0),)))
+        assert tuple(layer.kept for layer in layers_of(changed)) == kept
 
     def test_no_layers(self, report):
         page = read(replace(report, layers=FluxReport(()), routes=None, times=None).html())
