@@ -1,13 +1,15 @@
 """Every constant of router training, with the paper's value as its default."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import UNTRAINED_LOGITS
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.schedule import TemperatureSchedule
+from fluxcompile.training.start import GREEDY
 
 
 @dataclass
@@ -41,6 +43,13 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         multiplier_init: first value of every λ1 and λ2.
         full_bias: of a router that is created for the run, the logit of full attention before it
             has learnt anything; the other logit is 0.
+        start: where a new router starts from. None: from full attention, as in the paper.
+            ``"greedy"``: from the fixed routes of each task's target sparsity that a greedy search
+            finds; or such routes by task, one 0 or 1 (full attention) a layer. The routers learn
+            to take them from what they read, which they must standardise. See
+            :mod:`fluxcompile.training.start`.
+        search_rows: examples of each task that the search judges routes by.
+        start_rows: examples that the routers learn their first routes from.
         calibration_rows: examples over which the features of a router that standardises them are
             measured, before the first step. A router that has been measured before is left as it
             is.
@@ -79,6 +88,15 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     full_bias: float = field(
         default=UNTRAINED_LOGITS[1], metadata={"help": "A new router's logit of full attention."}
     )
+    start: Any = field(
+        default=None, metadata={"help": 'Routes that a router starts from: "greedy", or by task.'}
+    )
+    search_rows: int = field(
+        default=16, metadata={"help": "Examples of each task that routes are searched on."}
+    )
+    start_rows: int = field(
+        default=256, metadata={"help": "Examples that the first routes are learnt from."}
+    )
     calibration_rows: int = field(
         default=64, metadata={"help": "Examples that features are standardised over."}
     )
@@ -86,7 +104,12 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         default=False, metadata={"help": "Split the backbone over the processes of a machine."}
     )
 
-    COUNTS: ClassVar[tuple[str, ...]] = (*CompiledTrainingArguments.COUNTS, "calibration_rows")
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        *CompiledTrainingArguments.COUNTS,
+        "calibration_rows",
+        "search_rows",
+        "start_rows",
+    )
     AMOUNTS: ClassVar[tuple[str, ...]] = (
         *CompiledTrainingArguments.AMOUNTS,
         "multiplier_learning_rate",
@@ -106,6 +129,10 @@ class RouterTrainingArguments(CompiledTrainingArguments):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError.mismatch(name, "a number in [0, 1]", f"{value!r}")
+        if self.start not in (None, GREEDY) and not isinstance(self.start, Mapping):
+            raise ConfigError.mismatch(
+                "start", f"None, {GREEDY!r} or routes by task", f"{self.start!r}"
+            )
         self.temperatures()
 
     def temperatures(self) -> TemperatureSchedule:

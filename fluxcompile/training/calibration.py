@@ -82,22 +82,35 @@ def _moments(
     layers, size = len(router.layers), router.layers[0].feature_mean.numel()
     moments = torch.zeros(3, layers, size, dtype=torch.float64, device=device)
     for batch in batches:
-        for layer, features in _features(router, batch, run, device).items():
+        everything = torch.ones(len(batch["input_ids"]), layers, dtype=torch.bool)
+        for layer, features in read_features(router, batch, run, everything).items():
             wide = features.to(device, torch.float64)
             rows = torch.full_like(wide, 1.0)
             moments[:, layer] += torch.stack((rows, wide, wide.square())).sum(dim=1)
     return summed(moments)
 
 
-def _features(
+def read_features(
     router: FluxRouter,
     batch: Mapping[str, torch.Tensor],
     run: Callable[..., Any],
-    device: torch.device,
+    full: torch.Tensor,
 ) -> dict[int, torch.Tensor]:
+    """What each routed layer reads of a batch whose rows take fixed routes, not standardised.
+
+    Args:
+        router: standardises.
+        batch: as :func:`calibrate` takes it.
+        run: as :func:`calibrate` takes it, compiled.
+        full: bool ``[B, L]``, True for full attention.
+
+    Returns:
+        fp32 ``[B, F]`` by layer.
+    """
+    device = next(router.parameters()).device
     ids = batch["input_ids"].to(device)
     mask = None if len(ids) == 1 else batch["attention_mask"].to(device)
-    noise = pinning_noise(torch.ones(len(ids), len(router.layers), dtype=torch.bool, device=device))
+    noise = pinning_noise(full.to(device))
     prompt_length = batch.get("prompt_length")
     # Under grad mode, although nothing is differentiated: the training step's graph serves here.
     with soft_routes(router, noise=noise, prompt_length=prompt_length) as soft:

@@ -30,6 +30,7 @@ _ARGUMENTS = (
     "hardness",
     "distillation",
     "max_length",
+    "start",
     "seed",
 )
 _REPORTED = ("lm_loss", "sparsity", "routed_sparsity", "lambda1", "lambda2")

@@ -95,8 +95,11 @@ def train_router(
             resume = checkpoint.resolve(arguments.resume_from_checkpoint, arguments.output_dir)
             stack.enter_context(backbone.compiler_settings(arguments.activation_memory_budget))
             with backbone.unchanged(model, same_everywhere=not arguments.shard_backbone):
-                if router.config.standardize and resume is None and not is_calibrated(router):
-                    trainer.calibrate(arguments.calibration_rows)
+                if resume is None:
+                    if router.config.standardize and not is_calibrated(router):
+                        trainer.calibrate(arguments.calibration_rows)
+                    if arguments.start is not None:
+                        settings["start"] = trainer.start()
                 trainer.train(resume_from_checkpoint=resume)
         router.cpu().eval().requires_grad_(True)
         if output_dir is not None and trainer.args.should_save:
@@ -115,6 +118,8 @@ def _router(
     arguments: RouterTrainingArguments,
 ) -> FluxRouter:
     if router is None:
+        if arguments.start is not None and not (config or FluxConfig()).standardize:
+            raise ConfigError.mismatch("start", "a config with standardize=True", f"{config}")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             set_seed(arguments.seed)  # the same new router in every process
             router = FluxRouter.from_model(model, config)
@@ -123,6 +128,8 @@ def _router(
             return router
     if config is not None and config != router.config:
         raise ConfigError.mismatch("config", "None, or that of router", f"{config}")
+    if arguments.start is not None:
+        raise ConfigError.mismatch("start", "None where router is given", f"{arguments.start!r}")
     router.check_model(model)
     return router
 

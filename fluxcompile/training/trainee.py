@@ -1,16 +1,19 @@
 """What the trainer sees as its model: frozen backbone, routers and multipliers in one module."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.calibration import calibrate
+from fluxcompile.soft_routes import soft_routes
+from fluxcompile.training.calibration import calibrate, read_features
+from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
-from fluxcompile.training.objective import routed_sparsity, sparsity_term
+from fluxcompile.training.objective import routed_sparsity, row_means, sparsity_term
+from fluxcompile.training.patterns import pinning_noise
 from fluxcompile.training.routed_module import RoutedModule
 
 
@@ -60,6 +63,60 @@ class Trainee(RoutedModule):
         """:func:`fluxcompile.training.calibration.calibrate` through the graph that trains."""
         _, run = self._language_model
         calibrate(self.backbone, self.router, batches, run=run)
+
+    def features(
+        self, batches: Iterable[Mapping[str, torch.Tensor]], full: torch.Tensor
+    ) -> dict[int, torch.Tensor]:
+        """What each routed layer reads of ``N`` rows under fixed routes, on the CPU.
+
+        Args:
+            batches: as :meth:`calibrate` takes them, ``N`` rows in all.
+            full: bool ``[N, L]``, True for full attention.
+
+        Returns:
+            fp32 ``[N, F]`` by layer.
+        """
+        _, run = self._language_model
+        found: dict[int, list[torch.Tensor]] = {}
+        first = 0
+        for batch in batches:
+            last = first + len(batch["input_ids"])
+            read = read_features(self.router, batch, run, full[first:last])
+            for layer, features in read.items():
+                found.setdefault(layer, []).append(features.cpu())
+            first = last
+        return {layer: torch.cat(features) for layer, features in found.items()}
+
+    @torch.no_grad()
+    def fixed(
+        self, batches: Iterable[Mapping[str, torch.Tensor]]
+    ) -> Callable[[Sequence[int]], float]:
+        """What fixed routes cost on ``batches``: the divergence from full attention, mean of rows.
+
+        Returns:
+            A function of one 0 or 1 (full attention) a layer.
+        """
+        language_model, run = self._language_model
+        device = next(self.router.parameters()).device
+        prepared = []
+        for batch in batches:
+            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+            targets = Targets.of(batch["labels"].to(device))
+            teacher = language_model.target_states(language_model.body, ids, mask, targets)
+            prepared.append((ids, mask, targets, teacher))
+
+        @torch.no_grad()
+        def cost(routes: Sequence[int]) -> float:
+            full, rows = torch.tensor([routes], dtype=torch.bool, device=device), []
+            for ids, mask, targets, teacher in prepared:
+                with soft_routes(self.router, noise=pinning_noise(full.expand(len(ids), -1))):
+                    losses = language_model.losses(
+                        run, ids, mask, targets, self.logits_chunk, teacher
+                    )
+                rows.append(row_means(losses.divergence, targets.rows, len(ids)))
+            return float(torch.cat(rows).double().mean())
+
+        return cost
 
     def forward(
         self,

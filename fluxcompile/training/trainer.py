@@ -1,5 +1,6 @@
 """The trainer of routers: noise, temperature, ascent, and what its checkpoints hold."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from torch import nn
 
 from fluxcompile.training import checkpoint
 from fluxcompile.training.arguments import RouterTrainingArguments
+from fluxcompile.training.baselines import Routes
 from fluxcompile.training.compiled_trainer import CompiledTrainer
 from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
 from fluxcompile.training.safeguard import Safeguard
+from fluxcompile.training.start import GREEDY, imitate, start_routes
 from fluxcompile.training.trainee import Trainee
 
+logger = logging.getLogger(__name__)
 _COLUMNS = ("lm_loss", "sparsity", "routed_sparsity")  # and, if it is trained on: the divergence
 
 
@@ -81,13 +85,50 @@ class RouterTrainer(CompiledTrainer):
         """
         order = list(self.run_order())[:rows]
         mine = order[self.args.process_index :: self.args.world_size]
-        size = self.args.per_device_train_batch_size
-        batches = (
-            self.data_collator([self.train_dataset[i] for i in mine[start : start + size]])
-            for start in range(0, len(mine), size)
-        )
         with self.accelerator.autocast():  # the steps' own: one graph for both
-            self.trainee.calibrate(batches)
+            self.trainee.calibrate(self._batches(mine))
+
+    def start(self) -> dict[str, Routes]:
+        """Begin with good fixed routes for each task: see :mod:`fluxcompile.training.start`.
+
+        Every process does all of it: what they would share is little beside the training, and
+        routes that differ by a rounding error would be routes of different routers.
+
+        Returns:
+            The routes of each task.
+        """
+        args, trainee = self.args, self.trainee
+        by_task: dict[str, list[int]] = {task: [] for task in self.tasks}
+        # The run's own examples first, and those that it would not come to.
+        for i in dict.fromkeys([*self.run_order(), *range(len(self.train_dataset))]):
+            by_task[self.train_dataset[i].task].append(i)
+        targets = dict(zip(self.tasks, trainee.multipliers.targets.tolist(), strict=True))
+        share = max(1, args.start_rows // len(targets))
+        rows = [i for some in by_task.values() for i in some[:share]]
+        with self.accelerator.autocast():
+            costs = {
+                task: trainee.fixed(self._batches(self._by_length(some[: args.search_rows])))
+                for task, some in by_task.items()
+                if args.start == GREEDY
+            }
+            routes = start_routes(args.start, targets, len(trainee.router.layer_names), costs)
+            rows = self._by_length(rows)
+            full = torch.tensor([routes[self.train_dataset[i].task] for i in rows]).bool()
+            features = trainee.features(self._batches(rows), full)
+        found = imitate(trainee.router, features, full, args.seed)
+        logger.info("start routes: %.1f%% of %d examples' taken", 100 * found, len(rows))
+        return routes
+
+    def _by_length(self, rows: Sequence[int]) -> list[int]:
+        return sorted(rows, key=lambda i: len(self.train_dataset[i]))
+
+    def _batches(self, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Examples by position, as many at once as a step runs."""
+        size = self.args.per_device_train_batch_size
+        return [
+            self.data_collator([self.train_dataset[i] for i in rows[first : first + size]])
+            for first in range(0, len(rows), size)
+        ]
 
     def forward_arguments(self, index: torch.Tensor) -> dict[str, Any]:
         """Noise, temperature and hardness of this step, and what is descended."""

@@ -1,0 +1,95 @@
+"""Routers that start with fixed routes for each task: searched for, learnt, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fluxcompile
+from fluxcompile import FluxRouter, train_router
+from fluxcompile.errors import ConfigError
+from fluxcompile.training.start import GREEDY, start_routes
+from tests.training.tiny import CONFIG, QUICK, tiny_data, tiny_model
+
+READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
+OPPOSITE = {"retrieval": [1, 0], "holistic": [0, 1]}
+# Not a step that changes anything: what is seen is the start.
+STANDING = QUICK | {"config": READING, "max_steps": 1, "learning_rate": 0.0}
+
+
+def routes_on(model, router, data):
+    """bool ``[rows, layers]``, as a user's compile decides."""
+    fluxcompile.attach(model, router)
+    compiled = torch.compile(model, backend="flux", options={"lowering": "eager"})
+    found = []
+    for row in data:
+        with torch.no_grad():
+            compiled(torch.tensor([row["input_ids"]]), use_cache=True)
+        found.append(fluxcompile.routes(model).fa[0])
+    return torch.stack(found)
+
+
+def test_routers_take_the_routes_of_the_task_they_read():
+    data = tiny_data(64, tokens_tell_tasks=True)
+    model = tiny_model()
+    router = train_router(model, data[:48], start=OPPOSITE, **STANDING)
+    wanted = torch.tensor([OPPOSITE[row["task"]] for row in data[48:]]).bool()
+    taken = routes_on(model, router, data[48:]) == wanted
+    assert taken.float().mean() > 0.9
+
+
+def test_greedy_start_has_each_tasks_target(tmp_path):
+    settings = STANDING | {"tasks": {"retrieval": 0.5, "holistic": 1.0}, "search_rows": 2}
+    data = tiny_data(tokens_tell_tasks=True)
+    train_router(tiny_model(), data, start=GREEDY, output_dir=tmp_path, **settings)
+    card = (tmp_path / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| `start` |")]
+    assert "'holistic': (0, 0)" in line
+    assert "'retrieval': (0, 1)" in line or "'retrieval': (1, 0)" in line
+    assert FluxRouter.from_pretrained(tmp_path).layers[0].calibrated
+
+
+def test_search_makes_the_cheapest_layers_sparse():
+    prices = {"retrieval": [5.0, 1.0, 2.0, 4.0], "holistic": [1.0, 9.0, 8.0, 7.0]}
+
+    def cost_of(task):
+        return lambda routes: sum(
+            price for price, full in zip(prices[task], routes, strict=True) if not full
+        )
+
+    costs = {task: cost_of(task) for task in prices}
+    found = start_routes(GREEDY, {"retrieval": 0.5, "holistic": 0.75}, 4, costs)
+    assert found == {"retrieval": (1, 0, 0, 1), "holistic": (0, 1, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"retrieval": [1, 0]}, r"routes for \['holistic', 'retrieval'\]"),
+        (OPPOSITE | {"holistic": [1]}, "2 of 0 and 1"),
+        (OPPOSITE | {"holistic": [1, 2]}, "2 of 0 and 1"),
+    ],
+)
+def test_routes_of_other_tasks_or_layers_are_refused(start, message):
+    with pytest.raises(ConfigError, match=message):
+        start_routes(start, {"retrieval": 0.5, "holistic": 0.5}, 2, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "beam"}, "'greedy' or routes by task"),
+        ({"start": GREEDY, "search_rows": 0}, "search_rows"),
+        ({"start": OPPOSITE, "config": CONFIG}, "standardize=True"),
+    ],
+)
+def test_bad_starts_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train_router(tiny_model(), tiny_data(), **STANDING | changes)
+
+
+def test_a_given_router_does_not_start_anew():
+    model = tiny_model()
+    given = FluxRouter.from_model(model, READING)
+    with pytest.raises(ConfigError, match="None where router is given"):
+        train_router(model, tiny_data(), router=given, start=GREEDY, **STANDING | {"config": None})
