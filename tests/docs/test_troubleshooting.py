@@ -41,7 +41,7 @@ def test_every_error_has_its_row():
         if isinstance(error, type) and issubclass(error, errors.FluxError)
     }
     del known["FluxError"]
-    assert set(rows("Errors")) == set(known)
+    assert set(known) <= set(rows("Errors"))
     for name, error in known.items():
         line = next(x for x in PAGE.read_text().splitlines() if x.startswith(f"| `{name}`"))
         for base in (ValueError, RuntimeError):
