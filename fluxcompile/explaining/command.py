@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def run_explain(settings: ExplainSettings, console: Console | None = None) -> Pr
     Raises:
         FluxError: whatever is wrong with model, router or settings.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 160)  # files have room
     options, router, routed_by = routing(settings)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -33,6 +33,7 @@ def test_the_table_and_the_page(folder, tmp_path):
     result = run(folder, *ROUTES, "--tokens", 90, "--html", page, "--repeats", 1)
     assert result.exit_code == 0, result.output
     assert "2 attention layers" in result.output
+    assert "│ model.layers.1.self_attn │" in result.output, "folded"
     assert "row 0: FS  Ω=0.50" in result.output
     assert f"page: {page}" in result.output.replace("\n", "")
     document = read(page.read_text())
