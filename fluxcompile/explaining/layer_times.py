@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from fluxcompile.explaining.timed_graph import TimedGraph
 
 #: what the numbers are, for whoever prints them
 HOW = (
@@ -28,12 +24,3 @@ class LayerTimes:
     routed: dict[str, float]
     full: dict[str, float]
     how: str
-
-
-def medians(graphs: Iterable[TimedGraph]) -> dict[str, float]:
-    """Module path -> median seconds; the first run of each graph, which warms up, is left out."""
-    found: dict[str, float] = {}
-    for graph in graphs:
-        for path, seconds in graph.runs.items():
-            found[path] = found.get(path, 0.0) + statistics.median(seconds[1:] or seconds)
-    return found

@@ -12,8 +12,8 @@ from torch import fx, nn
 from fluxcompile.backend import compile_graph
 from fluxcompile.cache_memory import CacheMemory
 from fluxcompile.errors import OptionError
-from fluxcompile.explaining.layer_times import HOW, LayerTimes, medians
-from fluxcompile.explaining.timed_graph import TimedGraph
+from fluxcompile.explaining.layer_times import HOW, LayerTimes
+from fluxcompile.explaining.timed_graph import Stopwatch, TimedGraph
 from fluxcompile.inspection import forward_apart
 from fluxcompile.model_layers import unwrap
 from fluxcompile.options import CompileOptions
@@ -81,9 +81,9 @@ def explain_prompt(
     times = None
     if full is not None:
         how = HOW.format(repeats=repeats, device=_device(inner))
-        times = LayerTimes(medians(routed.graphs), medians(full.graphs), how)
+        times = LayerTimes(routed.stopwatch.medians(), full.stopwatch.medians(), how)
     return PromptReport(
-        FluxReport(tuple(routed.reports)),
+        FluxReport(routed.graphs),
         None if stale else after,
         times,
         routed.memory,
@@ -93,9 +93,11 @@ def explain_prompt(
 
 @dataclass
 class _Runs:
-    reports: list[GraphReport]
-    graphs: list[TimedGraph]
-    memory: CacheMemory | None
+    """``graphs`` are those of the first run: what a later one compiles is the same layers again."""
+
+    stopwatch: Stopwatch
+    graphs: tuple[GraphReport, ...] = ()
+    memory: CacheMemory | None = None
 
 
 def _run(
@@ -103,22 +105,23 @@ def _run(
 ) -> _Runs:
     """Once to warm up, and ``repeats`` times."""
     parsed = CompileOptions.parse({**options, "lowering": "eager", "strict": False}, None)
-    runs = _Runs([], [], None)
+    runs, reports = _Runs(Stopwatch()), []
 
     def timed(gm: fx.GraphModule) -> TimedGraph:
-        runs.graphs.append(TimedGraph(gm))
-        return runs.graphs[-1]
+        return TimedGraph(gm, runs.stopwatch)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        return compile_graph(gm, example_inputs, parsed, runs.reports, lower_with=timed)
+        return compile_graph(gm, example_inputs, parsed, reports, lower_with=timed)
 
     call = torch.compile(forward_apart(model), backend=backend)
     with torch.no_grad():
         for _ in range(1 + repeats):
+            runs.stopwatch.next_call()
             cache = _cache(model, parsed, kwargs)
             more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
             call(*args, **kwargs, **more)
             runs.memory = cache.memory() if cache is not None else None
+            runs.graphs = runs.graphs or tuple(reports)
     return runs
 
 

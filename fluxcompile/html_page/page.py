@@ -50,9 +50,8 @@ def _times(report: PromptReport, layers: Sequence[LayerOnPage]) -> Markup:
         return join(title, element("p", "Not measured."))
     missing = sum(layer.routed is None or layer.full is None for layer in layers)
     note = f" {missing} layers have no operator of their own to time." if missing else ""
-    total, full = (
-        sum(x for x in times.values()) for times in (report.times.routed, report.times.full)
-    )
+    total = sum(layer.routed or 0.0 for layer in layers)
+    full = sum(layer.full or 0.0 for layer in layers)
     sums = f" All layers: {seconds_in_words(total)}, pinned to full {seconds_in_words(full)}."
     return join(
         title,

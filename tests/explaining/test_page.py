@@ -93,6 +93,7 @@ class TestContent:
             bar.attributes["data-path"]: float(bar.attributes["data-taken"]) for bar in bars
         } == report.times.routed
         assert report.times.how in page.text
+        assert "All layers: 5.8 ms, pinned to full 11 ms." in page.text
 
     def test_memory(self, page, report):
         bars = page.one("svg", id="KV-memory").all("g", class_="bar")

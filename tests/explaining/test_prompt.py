@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import fluxcompile
 from fluxcompile import FluxCache, OptionError
 from fluxcompile.explaining import explain_prompt
+from fluxcompile.explaining.timed_graph import Stopwatch
 from fluxcompile.passes.site import SkipReason
 from tests.explaining import cases
 from tests.passes.graphs import Layer, eager_softmax, hidden
@@ -99,6 +101,37 @@ def test_a_hand_written_model_with_a_layer_that_is_left_alone():
     assert report.memory is None
     assert [row.became for row in report.layers.rows] == ["streaming", "left alone"]
     assert set(report.times.routed) == {"0"}, "what is written out is no operator"
+
+
+def test_layers_that_are_compiled_again_count_once():
+    class Forgetful(nn.Module):
+        """Every call has to be traced again."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = Layer(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x) + self.calls
+
+    net = Forgetful().requires_grad_(False)
+    options = {"routes": "sparse", "config": {**cases.SMALL, "sink": 2, "local": 4}}
+    counters.clear()
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False):
+        report = explain_prompt(net, hidden(), options=options, repeats=2)
+    assert net.calls == counters["stats"]["unique_graphs"] == 6
+    assert [row.path for row in report.layers.rows] == ["layer"]
+    assert list(report.times.routed) == ["layer"]
+
+
+def test_a_stopwatch_takes_medians_of_whole_calls():
+    watch = Stopwatch()
+    for seconds in ((100.0,), (1.0, 2.0), (4.0,), (5.0, 4.0)):  # the first one warms up
+        watch.next_call()
+        for part in seconds:
+            watch.add("layer", part)
+    assert watch.medians() == {"layer": 4.0}
 
 
 @pytest.mark.parametrize("repeats", [-1, 1.5, True])
