@@ -1,5 +1,6 @@
 """Which NVIDIA GPU there is, and whether PyTorch can use it."""
 
+import os
 import shutil
 import subprocess
 
@@ -20,6 +21,13 @@ def gpu() -> Finding:
     driver = driver_version()
     if driver is None:
         return ok(GPU, "none: the CPU kernels run, which are there for correctness")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in ("", "-1"):
+        return warn(
+            GPU,
+            f"there is one (driver {driver}), hidden by CUDA_VISIBLE_DEVICES={hidden!r}",
+            "unset CUDA_VISIBLE_DEVICES to use it",
+        )
     if torch.version.cuda is None:
         return warn(
             GPU,
@@ -29,7 +37,7 @@ def gpu() -> Finding:
     return fail(
         GPU,
         f"there is one (driver {driver}), and torch with CUDA {torch.version.cuda} cannot use it",
-        "update the driver, or install torch for an older CUDA; is CUDA_VISIBLE_DEVICES empty?",
+        "update the driver, or install torch for an older CUDA",
     )
 
 

@@ -136,6 +136,7 @@ class TestGPU:
             monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
             monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: cards[i])
             monkeypatch.setattr(torch.version, "cuda", cuda)
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
             monkeypatch.setattr(gpu, "driver_version", lambda: driver)
 
         return make
@@ -152,6 +153,12 @@ class TestGPU:
     def test_too_old(self, machine):
         machine([card(9), card(7, "Old")], driver="580.1")
         expect(gpu.gpu(), Status.WARN, "Old, capability 7.0", "Old: use a GPU of capability 8.0")
+
+    @pytest.mark.parametrize("hidden", ["", "-1"])
+    def test_hidden_on_purpose(self, machine, monkeypatch, hidden):
+        machine(driver="580.1")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        expect(gpu.gpu(), Status.WARN, "hidden by CUDA_VISIBLE_DEVICES", "unset")
 
     def test_torch_without_cuda(self, machine):
         machine(driver="580.1", cuda=None)
