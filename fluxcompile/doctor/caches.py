@@ -13,9 +13,11 @@ LEAST_FREE = 2**30
 
 def inductor_folder() -> Path:
     """Inductor's; not created."""
+    if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(given)  # and Inductor is not imported, which would make the folder, or fail to
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    return Path(default_cache_dir())
 
 
 def triton_folder() -> Path:

@@ -29,7 +29,7 @@ def backend() -> Finding:
         return fail(
             BACKEND,
             f"Dynamo does not load it ({type(error).__name__}: {error})",
-            "call no register_backend of that name: the entry point is enough",
+            "see the lines above; call no register_backend of that name: the entry point is enough",
         )
     if f"{looked_up.__module__}:{looked_up.__name__}" != VALUE:
         return fail(
