@@ -19,7 +19,7 @@ from fluxcompile.errors import FluxWarning, RewriteError
 from fluxcompile.frozen_router import frozen_tensors, stand_ins
 from fluxcompile.graph_copy import copy_graph
 from fluxcompile.layer_table import LayerTable
-from fluxcompile.lowering import lower, routes_example
+from fluxcompile.lowering import lower, routes_example, without_graphs_of_prompts
 from fluxcompile.options import CompileOptions
 from fluxcompile.owner_guard import guard_owners
 from fluxcompile.passes.graph_util import value_of
@@ -113,7 +113,11 @@ def compile_graph(
         _explain_untrimmed(result)
         if any(planner.routes_site(site) for site in result.sites):
             warn_of_last_graph()
-    compiled = run(lower_with(gm) if lower_with else lower(gm, inputs, options))
+    if lower_with is not None:
+        lowered = lower_with(gm)
+    else:
+        lowered = lower(gm, inputs, without_graphs_of_prompts(options, result.sites))
+    compiled = run(lowered)
     tie = tie_of(planner.attachment) if planner.attachment else None
     if tie is not None and isinstance(compiled, CompiledGraph | SharedGraph | TrainingGraph):
         return EndingGraph(compiled, tie)

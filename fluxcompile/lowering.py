@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fluxcompile import kernels
 from fluxcompile.cacheable import call_methods_by_function, our_functions
 from fluxcompile.options import CompileOptions
 from fluxcompile.passes.insert_router import ROUTES_INPUT
+from fluxcompile.passes.site import AttentionSite
 
 
 def lower(
@@ -29,6 +31,22 @@ def lower(
 
     call_methods_by_function(gm)
     return compile_fx(gm, list(example_inputs), config_patches=_patches(gm, options))
+
+
+def without_graphs_of_prompts(
+    options: CompileOptions, sites: Sequence[AttentionSite]
+) -> CompileOptions:
+    """``options`` without CUDA graphs, if a call of the graph may be a prompt.
+
+    A prompt's guarded branches wait for the device, each length would be another recording, and
+    what a prompt leaves behind, cache buffers that it creates and routes, lives on where a CUDA
+    graph's memory does not. What it launches is large enough to hide the launches.
+    """
+    if options.lowering != "inductor" or all(site.is_decode for site in sites):
+        return options
+    if not options.inductor_patches().get("triton.cudagraphs"):
+        return options
+    return replace(options, inductor={**options.inductor, "triton.cudagraphs": False})
 
 
 def _patches(gm: fx.GraphModule, options: CompileOptions) -> dict[str, Any]:

@@ -133,7 +133,9 @@ class CompiledGraph:
     ) -> None:
         io = self._io
         known = incoming is not None and not io.decides
-        leaving = KeptRoutes(io.layers, routes, sparse=incoming.sparse if known else None)
+        # Routes that are known are handed on as they came: a CUDA graph's output would not last.
+        full, sparse = (incoming.full, incoming.sparse) if known else (routes, None)
+        leaving = KeptRoutes(io.layers, full, sparse=sparse)
         carrier = None
         if io.growing:
             if any(layer.needs_route(outputs) for layer in io.growing):
