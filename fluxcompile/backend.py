@@ -80,11 +80,13 @@ def compile_graph(
     options: CompileOptions,
     reports: list[GraphReport] | None = None,
     table: LayerTable | None = None,
+    lower_with: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """As ``flux``, with parsed options.
 
     Args:
         reports: gets a report of the graph.
+        lower_with: makes a callable of the rewritten graph, instead of the options' lowering.
         table: the layers of the model whose decoder layers are compiled one by one and share
             graphs.
     """
@@ -111,7 +113,11 @@ def compile_graph(
         _explain_untrimmed(result)
         if any(planner.routes_site(site) for site in result.sites):
             warn_of_last_graph()
-    compiled = run(lower(gm, inputs, without_graphs_of_prompts(options, result.sites)))
+    if lower_with is not None:
+        lowered = lower_with(gm)
+    else:
+        lowered = lower(gm, inputs, without_graphs_of_prompts(options, result.sites))
+    compiled = run(lowered)
     tie = tie_of(planner.attachment) if planner.attachment else None
     if tie is not None and isinstance(compiled, CompiledGraph | SharedGraph | TrainingGraph):
         return EndingGraph(compiled, tie)

@@ -63,7 +63,9 @@ def demo(
     tokens: Annotated[
         int, typer.Option(min=256, max=8000, help="Length of the prompt, in tokens.")
     ] = 3200,
-    max_new_tokens: Annotated[int, typer.Option(min=3, max=128)] = 24,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=3, max=128, help="Tokens of an answer, at most.")
+    ] = 24,
     routes: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +77,9 @@ def demo(
         Path | None, typer.Option(help="A trained router's folder; implies --routes router.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts that a router decides for.")] = 0,
-    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
@@ -115,18 +119,20 @@ def train(
     ] = None,
     sink: Annotated[int, typer.Option(min=1, help="First tokens that SA attends to.")] = 128,
     local: Annotated[int, typer.Option(min=1, help="Latest tokens that SA attends to.")] = 2048,
-    steps: Annotated[int, typer.Option(min=1)] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Examples a step, over all processes.")
     ] = 48,
     micro_batch: Annotated[int, typer.Option(min=1, help="Examples a process runs at once.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of the routers.")] = 5e-4,
     multiplier_lr: Annotated[float, typer.Option(help="Learning rate of λ1 and λ2.")] = 1e-3,
-    seed: Annotated[int, typer.Option()] = 42,
+    seed: Annotated[int, typer.Option(help="Of data, noise and a new router.")] = 42,
     task: Annotated[
         list[str] | None, typer.Option(help="NAME=TARGET sparsity of a task; repeatable.")
     ] = None,
-    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
     dtype: Precision = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.")] = False,
     resume: Annotated[
@@ -196,8 +202,10 @@ def evaluate(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Prompts a task and length.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.")] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
-    lowering: Annotated[Lowering, typer.Option()] = Lowering.INDUCTOR,
+    seed: Annotated[int, typer.Option(help="Of the prompts and the intervals.")] = 0,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
@@ -237,3 +245,69 @@ def convert(
     with _errors_told():
         router = command.convert(source, output, dtype.value)
     typer.echo(f"router of {len(router.layer_names)} layers: {output}")
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help='"smollm2", a directory, or a model on the Hub.')
+    ] = "smollm2",
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one page: layers, routes, time and KV memory of each layer."),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="A trained router: a folder, packaged name or hub id.")
+    ] = None,
+    routes: Annotated[
+        str | None,
+        typer.Option(help='"full", "sparse", "static" (smollm2\'s), or 0/1 a layer: "1,0,0,…".'),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text of a prompt; repeatable, one row each.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Length of the built-in prompt, without --prompt.")
+    ] = 1024,
+    sink: Annotated[int | None, typer.Option(min=1, help="Of fixed routes.")] = None,
+    local: Annotated[int | None, typer.Option(min=1, help="Of fixed routes.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs that the page's times are of.")] = 3,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Run a prompt and show what became of each attention layer, and why."""
+    with _errors_told():
+        from fluxcompile.explaining.command import ExplainSettings, run_explain
+
+        settings = ExplainSettings(
+            model,
+            router=router,
+            routes=routes,
+            sink=sink,
+            local=local,
+            prompts=prompt or (),
+            tokens=tokens,
+            html=html,
+            repeats=repeats,
+            device=device,
+            dtype=dtype.value if dtype else None,
+        )
+        run_explain(settings)
+
+
+@app.command()
+def doctor(
+    lowering: Annotated[
+        Lowering | None,
+        typer.Option(help="Of the self-test; inductor by default, eager without a C++ compiler."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check versions, Triton, GPU, caches and the backend, and run one layer as a test.
+
+    Exits with 1 if something does not work.
+    """
+    from fluxcompile.doctor.command import run_doctor
+
+    works = run_doctor(lowering.value if lowering else None, as_json)
+    raise typer.Exit(0 if works else 1)

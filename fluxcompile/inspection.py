@@ -36,11 +36,11 @@ def explain(
         return compile_graph(gm, example_inputs, parsed, graphs)
 
     with torch.no_grad():
-        torch.compile(_forward_apart(unwrap(model)), backend=backend)(*args, **kwargs)
+        torch.compile(forward_apart(unwrap(model)), backend=backend)(*args, **kwargs)
     return FluxReport(tuple(graphs))
 
 
-def _forward_apart(fn: nn.Module) -> Callable[..., Any]:
+def forward_apart(fn: nn.Module) -> Callable[..., Any]:
     """``fn.forward`` inside a code object of its own.
 
     Dynamo counts recompilations by code object: tracing ``forward`` itself would use up what the
