@@ -45,7 +45,7 @@ class Config:
 CONFIGS = {
     (16, 2): Config(128, 4, 3),
     (32, 2): Config(128, 4, 3),
-    (64, 2): Config(128, 4, 3),
+    (64, 2): Config(128, 8, 3),
     (128, 2): Config(64, 4, 4),
     (256, 2): Config(64, 8, 2),
     (16, 4): Config(64, 4, 2),
