@@ -11,10 +11,13 @@ import torch
 from torch import fx
 
 from fluxcompile.passes.graph_util import (
+    argument,
     as_expr,
     changes_of,
     hint,
     is_tensor,
+    mutates,
+    op_name,
     same_size,
     value_of,
 )
@@ -24,7 +27,13 @@ from fluxcompile.passes.mask_expression import (
     UnreadableMask,
 )
 from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask, Mask, Skip, SkipReason
-from fluxcompile.passes.views import index_symbols
+from fluxcompile.passes.views import index_symbols, upstream
+
+_CONCATENATES = {"cat", "concat", "concatenate"}
+
+
+class _NoCausalTerm(Exception):
+    """The mask lets every query see every (valid) key."""
 
 
 def recover_masks(sites: list[AttentionSite]) -> int:
@@ -37,7 +46,7 @@ def recover_masks(sites: list[AttentionSite]) -> int:
         if site.skip is not None:
             continue
         lengths = as_expr(site.q_shape[2]), as_expr(site.k_shape[2])
-        key = (site.attn_mask, site.is_causal, *lengths)
+        key = (site.attn_mask, site.is_causal, *lengths, _reads_own_key(site))
         if key not in known:
             known[key] = _recover(site)
         found = known[key]
@@ -51,11 +60,11 @@ def recover_masks(sites: list[AttentionSite]) -> int:
 def _recover(site: AttentionSite) -> Mask | Skip:
     query_length, key_length = site.q_shape[2], site.k_shape[2]
     if site.attn_mask is None:
-        if query_length == 1 and not site.is_causal:
-            return CausalMask()
         if site.is_causal and same_size(query_length, key_length):
             return CausalMask()
-        return Skip(SkipReason.NOT_CAUSAL)
+        if not site.is_causal and _reads_own_key(site):
+            return CausalMask()
+        return _not_causal(site)
     if not is_tensor(site.attn_mask):
         return Skip(SkipReason.MASK_UNREADABLE, f"mask is {site.attn_mask}")
     if site.is_causal:
@@ -64,12 +73,53 @@ def _recover(site: AttentionSite) -> Mask | Skip:
     if len(shape) != 4 or shape[1] != 1:
         return Skip(SkipReason.MASK_UNREADABLE, f"shape {list(shape)}, expected [B, 1, Sq, Skv]")
     try:
-        return _read(site.attn_mask, shape, query_length, key_length)
+        return _read(site.attn_mask, shape, query_length, key_length, _reads_own_key(site))
+    except _NoCausalTerm:
+        return _not_causal(site)
     except UnreadableMask as problem:
         return Skip(SkipReason.MASK_UNREADABLE, str(problem))
 
 
-def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object) -> Mask:
+def _not_causal(site: AttentionSite) -> Skip:
+    """A sequence that looks at itself in both directions has as many keys as queries."""
+    itself = same_size(site.q_shape[2], site.k_shape[2])
+    seen = "every key is seen" if itself else "the keys are not of the query's own sequence"
+    return Skip(SkipReason.NOT_CAUSAL, seen)
+
+
+def _reads_own_key(site: AttentionSite) -> bool:
+    """True for one query whose keys end with its own, so that seeing all of them is causal.
+
+    Cross-attention has a single query too, in every decode step, but no key comes with it: what
+    this call appends to the keys, or writes into them, must be as long as the query.
+    """
+    length = site.q_shape[2]
+    if length != 1:
+        return False
+    if same_size(site.k_shape[2], length):
+        return True
+    for node, _ in upstream(site.k, index_symbols(4)):
+        if op_name(node) in _CONCATENATES:
+            parts, axis = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+            return axis in (2, -2) and same_size(value_of(parts[-1]).shape[-2], length)
+        if node.target is torch.ops.flux.ring_cache.default:
+            return True
+        if any(_writes(user, node, length) for user in node.users if user < site.output):
+            return True
+    return False
+
+
+def _writes(user: fx.Node, keys: fx.Node, length: object) -> bool:
+    """True where ``user`` puts as many new keys into ``keys`` as there are queries."""
+    if not (mutates(user) and user.args and user.args[0] is keys):
+        return False
+    new = user.args[-1]
+    return is_tensor(new) and value_of(new).dim() >= 2 and same_size(value_of(new).shape[-2], length)
+
+
+def _read(
+    mask: fx.Node, shape: tuple, query_length: object, key_length: object, own_key: bool
+) -> Mask:
     if not same_size(shape[3], key_length):
         raise UnreadableMask(f"{shape[3]} keys in the mask, {key_length} in the attention")
     if not same_size(shape[2], query_length):
@@ -88,7 +138,7 @@ def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object)
     terms = tuple(sympy.And.make_args(expression))
     if any(isinstance(term, Load) and len(term.index) == 4 for term in terms):
         return _given(mask, terms, evaluator)
-    return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length))
+    return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length), own_key)
 
 
 def _given(mask: fx.Node, terms: tuple, evaluator: MaskExpression) -> GivenMask:
@@ -102,7 +152,12 @@ def _given(mask: fx.Node, terms: tuple, evaluator: MaskExpression) -> GivenMask:
 
 
 def _classify(
-    mask: fx.Node, terms: tuple, evaluator: MaskExpression, position: tuple, lengths: tuple
+    mask: fx.Node,
+    terms: tuple,
+    evaluator: MaskExpression,
+    position: tuple,
+    lengths: tuple,
+    own_key: bool,
 ) -> CausalMask:
     batch, i, j = position
     last = as_expr(lengths[1]) - as_expr(lengths[0])  # key index of query 0, lower-right aligned
@@ -121,8 +176,10 @@ def _classify(
     if len(valid) > 1 or len(upper) > 1 or len(lower) > 1:
         raise UnreadableMask(f"more than one term of a kind: {[str(t) for t in terms]}")
     if not upper:
-        if lengths[0] != 1:
-            raise UnreadableMask("no causal term")
+        if not own_key:
+            if lower:
+                raise UnreadableMask("no causal term")
+            raise _NoCausalTerm
         upper.append(last)  # a single query on all keys: causal holds by itself
     offset = upper[0]
     window = 0

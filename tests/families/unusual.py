@@ -94,7 +94,7 @@ class HandWritten(Family):
         model = Decoder().eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(0.0, 0.3)
+                parameter.normal_(0.0, 0.2)
         return spread(model)
 
     def call(
