@@ -11,13 +11,10 @@ import torch
 from torch import fx
 
 from fluxcompile.passes.graph_util import (
-    argument,
     as_expr,
     changes_of,
     hint,
     is_tensor,
-    mutates,
-    op_name,
     same_size,
     value_of,
 )
@@ -26,14 +23,9 @@ from fluxcompile.passes.mask_expression import (
     MaskExpression,
     UnreadableMask,
 )
+from fluxcompile.passes.own_keys import NoCausalTerm, not_causal, reads_own_key
 from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask, Mask, Skip, SkipReason
-from fluxcompile.passes.views import index_symbols, upstream
-
-_CONCATENATES = {"cat", "concat", "concatenate"}
-
-
-class _NoCausalTerm(Exception):
-    """The mask lets every query see every (valid) key."""
+from fluxcompile.passes.views import index_symbols
 
 
 def recover_masks(sites: list[AttentionSite]) -> int:
@@ -46,7 +38,7 @@ def recover_masks(sites: list[AttentionSite]) -> int:
         if site.skip is not None:
             continue
         lengths = as_expr(site.q_shape[2]), as_expr(site.k_shape[2])
-        key = (site.attn_mask, site.is_causal, *lengths, _reads_own_key(site))
+        key = (site.attn_mask, site.is_causal, *lengths, reads_own_key(site))
         if key not in known:
             known[key] = _recover(site)
         found = known[key]
@@ -62,9 +54,9 @@ def _recover(site: AttentionSite) -> Mask | Skip:
     if site.attn_mask is None:
         if site.is_causal and same_size(query_length, key_length):
             return CausalMask()
-        if not site.is_causal and _reads_own_key(site):
+        if not site.is_causal and reads_own_key(site):
             return CausalMask()
-        return _not_causal(site)
+        return not_causal(site)
     if not is_tensor(site.attn_mask):
         return Skip(SkipReason.MASK_UNREADABLE, f"mask is {site.attn_mask}")
     if site.is_causal:
@@ -73,48 +65,11 @@ def _recover(site: AttentionSite) -> Mask | Skip:
     if len(shape) != 4 or shape[1] != 1:
         return Skip(SkipReason.MASK_UNREADABLE, f"shape {list(shape)}, expected [B, 1, Sq, Skv]")
     try:
-        return _read(site.attn_mask, shape, query_length, key_length, _reads_own_key(site))
-    except _NoCausalTerm:
-        return _not_causal(site)
+        return _read(site.attn_mask, shape, query_length, key_length, reads_own_key(site))
+    except NoCausalTerm:
+        return not_causal(site)
     except UnreadableMask as problem:
         return Skip(SkipReason.MASK_UNREADABLE, str(problem))
-
-
-def _not_causal(site: AttentionSite) -> Skip:
-    """A sequence that looks at itself in both directions has as many keys as queries."""
-    itself = same_size(site.q_shape[2], site.k_shape[2])
-    seen = "every key is seen" if itself else "the keys are not of the query's own sequence"
-    return Skip(SkipReason.NOT_CAUSAL, seen)
-
-
-def _reads_own_key(site: AttentionSite) -> bool:
-    """True for one query whose keys end with its own, so that seeing all of them is causal.
-
-    Cross-attention has a single query too, in every decode step, but no key comes with it: what
-    this call appends to the keys, or writes into them, must be as long as the query.
-    """
-    length = site.q_shape[2]
-    if length != 1:
-        return False
-    if same_size(site.k_shape[2], length):
-        return True
-    for node, _ in upstream(site.k, index_symbols(4)):
-        if op_name(node) in _CONCATENATES:
-            parts, axis = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-            return axis in (2, -2) and same_size(value_of(parts[-1]).shape[-2], length)
-        if node.target is torch.ops.flux.ring_cache.default:
-            return True
-        if any(_writes(user, node, length) for user in node.users if user < site.output):
-            return True
-    return False
-
-
-def _writes(user: fx.Node, keys: fx.Node, length: object) -> bool:
-    """True where ``user`` puts as many new keys into ``keys`` as there are queries."""
-    if not (mutates(user) and user.args and user.args[0] is keys):
-        return False
-    new = user.args[-1]
-    return is_tensor(new) and value_of(new).dim() >= 2 and same_size(value_of(new).shape[-2], length)
 
 
 def _read(
@@ -179,7 +134,7 @@ def _classify(
         if not own_key:
             if lower:
                 raise UnreadableMask("no causal term")
-            raise _NoCausalTerm
+            raise NoCausalTerm
         upper.append(last)  # a single query on all keys: causal holds by itself
     offset = upper[0]
     window = 0

@@ -28,15 +28,13 @@ def in_steps(
     logits, start = [], 0
     for length in steps:
         now = slice(start, start + length)
-        logits.append(
-            family.call(
-                model,
-                tokens.ids[:, now],
-                tokens.valid[:, : now.stop],
-                tokens.positions[:, now],
-                cache,
-            )
+        inputs = (
+            tokens.ids[:, now],
+            tokens.valid[:, : now.stop],
+            tokens.positions[:, now],
+            cache,
         )
+        logits.append(_logits(family, model, *inputs))
         start = now.stop
     return torch.cat(logits, dim=1)
 
@@ -47,13 +45,23 @@ def defined(
 ) -> torch.Tensor:
     """The reference's logits ``[B, S, V]``, all tokens at once and without a cache."""
     with family.defined(model, definition):
-        return family.call(model, tokens.ids, tokens.valid, tokens.positions, None)
+        return _logits(family, model, tokens.ids, tokens.valid, tokens.positions, None)
+
+
+def _logits(family: Family, model: nn.Module, *inputs: Any) -> torch.Tensor:
+    args, kwargs = family.inputs(*inputs)
+    out = model(*args, **kwargs)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def router_options(family: Family) -> dict[str, Any]:
+    """What ``FluxRouter.from_model`` has to be told."""
+    return {"layers": family.layers, "head_dim": 16} if family.layers else {}
 
 
 def make_router(family: Family, model: nn.Module, config: FluxConfig, seed: int) -> FluxRouter:
     """Random weights, large enough that rows of one batch decide differently."""
-    named = {"layers": family.layers, "head_dim": 16} if family.layers else {}
-    return random_router(model, config, seed, **named)
+    return random_router(model, config, seed, **router_options(family))
 
 
 def mixed_router(

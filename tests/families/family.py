@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -55,6 +55,7 @@ class Family:
         query: the module of an attention whose output holds the query before rotary embedding.
         read: gets the query out of that.
         layers: the attentions' paths, where a router cannot find them by itself.
+        kv_heads: heads of keys and values.
     """
 
     name: str
@@ -66,11 +67,12 @@ class Family:
     query: str = "q_proj"
     read: Read = by_heads
     layers: tuple[str, ...] = ()
+    kv_heads: int = 2
+    #: whether the masks that come with a static cache can be read
+    reads_static: bool = True
 
     #: whether calls may build on a cache, and rows may be padded
-    has_cache = True
-    #: inputs of ``make_inputs`` that prompts share
-    static = True
+    has_cache: ClassVar[bool] = True
 
     def make(self) -> nn.Module:
         """A random fp32 model in eval mode."""
@@ -84,22 +86,21 @@ class Family:
             return StaticCache(config=model.config, max_cache_len=CAPACITY)
         return DynamicCache(config=model.config)
 
-    def call(
-        self,
-        model: nn.Module,
-        ids: torch.Tensor,
-        valid: torch.Tensor,
-        positions: torch.Tensor,
-        cache: Any,
-    ) -> torch.Tensor:
-        """Logits of ``ids`` ``[B, N]`` on top of ``cache``, or without one."""
-        return model(
-            input_ids=ids,
-            attention_mask=valid,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).logits
+    def inputs(
+        self, ids: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> tuple[tuple, dict[str, Any]]:
+        """What to call the model with, for ``ids`` ``[B, N]`` on top of ``cache`` or without one.
+
+        Args:
+            valid: ``[B, past + N]``; positions: ``[B, N]``.
+        """
+        return (), {
+            "input_ids": ids,
+            "attention_mask": valid,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
 
     def defined(
         self, model: nn.Module, definition: RoutedDefinition

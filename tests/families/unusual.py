@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,28 +24,25 @@ class EncoderDecoder(Family):
     """The decoder of an encoder-decoder: the encoder's output is always the same."""
 
     def cache(self, model: nn.Module, static: bool) -> Any:
-        kind = (lambda: StaticCache(config=model.config, max_cache_len=CAPACITY)) if static else (
-            DynamicCache
-        )
-        return EncoderDecoderCache(kind(), kind())
+        def half():
+            if static:
+                return StaticCache(config=model.config, max_cache_len=CAPACITY)
+            return DynamicCache()
 
-    def call(
-        self,
-        model: nn.Module,
-        ids: torch.Tensor,
-        valid: torch.Tensor,
-        positions: torch.Tensor,
-        cache: Any,
-    ) -> torch.Tensor:
+        return EncoderDecoderCache(half(), half())
+
+    def inputs(
+        self, ids: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> tuple[tuple, dict[str, Any]]:
         generator = torch.Generator().manual_seed(5)
         encoded = torch.randn(ids.shape[0], SOURCE, DIM, generator=generator)
-        return model(
-            encoder_outputs=(encoded,),
-            decoder_input_ids=ids,
-            decoder_attention_mask=valid,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).logits
+        return (), {
+            "encoder_outputs": (encoded,),
+            "decoder_input_ids": ids,
+            "decoder_attention_mask": valid,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
 
 
 class Block(nn.Module):
@@ -87,7 +84,8 @@ class Decoder(nn.Module):
 class HandWritten(Family):
     """A plain ``nn.Module``: whole sequences without padding only."""
 
-    has_cache = False
+    has_cache: ClassVar[bool] = False
+    reads_static: bool = False
 
     def make(self) -> nn.Module:
         torch.manual_seed(7)
@@ -97,15 +95,10 @@ class HandWritten(Family):
                 parameter.normal_(0.0, 0.2)
         return spread(model)
 
-    def call(
-        self,
-        model: nn.Module,
-        ids: torch.Tensor,
-        valid: torch.Tensor,
-        positions: torch.Tensor,
-        cache: Any,
-    ) -> torch.Tensor:
-        return model(ids)
+    def inputs(
+        self, ids: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> tuple[tuple, dict[str, Any]]:
+        return (ids,), {}
 
     @contextlib.contextmanager
     def defined(self, model: nn.Module, definition: RoutedDefinition) -> Iterator[None]:
