@@ -182,3 +182,6 @@ FAMILIES: tuple[Family, ...] = (
         kv_heads=HEADS,
     ),
 )
+
+#: what runs full attention only, and why
+LEFT_ALONE = {"T5": "a learned bias of the distance is added to its scores"}

@@ -68,8 +68,6 @@ class Family:
     read: Read = by_heads
     layers: tuple[str, ...] = ()
     kv_heads: int = 2
-    #: whether the masks that come with a static cache can be read
-    reads_static: bool = True
 
     #: whether calls may build on a cache, and rows may be padded
     has_cache: ClassVar[bool] = True

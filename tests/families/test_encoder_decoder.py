@@ -62,8 +62,9 @@ def test_explain_names_all_three_kinds(padded):
     assert not found
 
 
-def test_relative_position_bias_is_left_alone():
+def test_relative_position_bias_is_left_alone(record_property):
     """T5 adds a learned bias to its scores, which no kernel knows: full attention, and why."""
+    record_property("left alone", "T5")
     torch.manual_seed(7)
     fields = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
     model = spread(

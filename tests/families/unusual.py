@@ -24,12 +24,12 @@ class EncoderDecoder(Family):
     """The decoder of an encoder-decoder: the encoder's output is always the same."""
 
     def cache(self, model: nn.Module, static: bool) -> Any:
-        def half():
+        def half(capacity: int) -> DynamicCache:
             if static:
-                return StaticCache(config=model.config, max_cache_len=CAPACITY)
+                return StaticCache(config=model.config, max_cache_len=capacity)
             return DynamicCache()
 
-        return EncoderDecoderCache(half(), half())
+        return EncoderDecoderCache(half(CAPACITY), half(SOURCE))
 
     def inputs(
         self, ids: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor, cache: Any
@@ -85,7 +85,6 @@ class HandWritten(Family):
     """A plain ``nn.Module``: whole sequences without padding only."""
 
     has_cache: ClassVar[bool] = False
-    reads_static: bool = False
 
     def make(self) -> nn.Module:
         torch.manual_seed(7)
