@@ -18,9 +18,11 @@ _COLUMN = {
     "test_rows_route_by_themselves": lambda _: "routed",
     "test_forced": lambda _: "routed",
     "test_explain": lambda _: "explained",
-    "test_pinned": lambda p: "static cache" if p["static"] else _of_pattern(p["pattern"]),
+    "test_pinned": lambda p: _pinned(p["case"].pattern, p["case"].static),
 }
 
 
-def _of_pattern(pattern: tuple[int, int]) -> str:
+def _pinned(pattern: tuple[int, int], static: bool) -> str:
+    if static:
+        return "static cache"
     return {(1, 1): "full", (0, 0): "sparse"}.get(pattern, "mixed")

@@ -29,11 +29,11 @@ single tokens on a cache, below and above the sparse boundary.
 |---|---|---|---|---|---|---|---|
 """
 _TAIL = """
-- *full*, *sparse*: all layers pinned to one route, with padding on the left and on the right;
-  *a pattern*: a sparse and a full layer.
+- *full*, *sparse*: all layers pinned to one route, rows padded on the left; *a pattern*: a sparse
+  and a full layer, rows without padding.
 - *a router*: it reads the query that the family has before rotary embedding, rows of a batch
   decide for themselves, and decode follows.
-- *static cache*: fixed routes on a `StaticCache`. A tick in brackets: layers that slide run full
+- *static cache*: sparse on a `StaticCache`, rows padded on the right. A tick in brackets: layers that slide run full
   attention on it, within their window, and say so.
 - Layers with a sliding window of their own keep it, in full and in sparse attention.
 - Cross-attention and attention that looks both ways are left alone, and `explain` says so.

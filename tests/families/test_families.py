@@ -1,6 +1,8 @@
 """Every family, compiled: its layers are found, its routes and logits are the reference's."""
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 
@@ -76,39 +78,53 @@ def test_rows_route_by_themselves(family):
     assert [routable(report) for report in made.reports] == [[w] * LAYERS for w in wanted]
 
 
-#: routes, 1 for full, and the padding of the prompt
-PINNED = (((1, 1), "left"), ((0, 0), "left"), ((0, 0), "right"), ((0, 1), "ones"))
+@dataclass(frozen=True)
+class Pinned:
+    """Routes of the layers, 1 for full, the prompt's padding, the cache, and what is fed in."""
+
+    pattern: tuple[int, int]
+    padding: str
+    static: bool
+    steps: Callable[[Family], tuple[tuple[int, ...], ...]]
+
+
+PINNED = (
+    Pinned((1, 1), "left", False, lambda _: (STEPS,)),
+    Pinned((0, 0), "left", False, lambda family: (steps_of(family), GROWING)),
+    Pinned((0, 0), "right", True, lambda _: (MANY_STEPS,)),
+    Pinned((0, 1), "ones", False, lambda _: (STEPS,)),
+)
 
 
 def pinned_cases():
-    made = {}
-    for family, (pattern, padding), static in itertools.product(FAMILIES, PINNED, (False, True)):
-        if static and not family.has_cache:
+    made = []
+    for family, case in itertools.product(FAMILIES, PINNED):
+        if case.static and not family.has_cache:
             continue
-        if static:  # of a sliding layer: a kind that is not known, so decode would be dense anyway
-            pattern = tuple(int(r or w > 0) for r, w in zip(pattern, family.windows, strict=True))
-        cache = "static" if static else "grows"
-        name = f"{family.name}-{pattern[0]}{pattern[1]}-{padding}-{cache}"
-        made[name] = pytest.param(family, pattern, padding, static, id=name)
-    return list(made.values())
+        routes = "".join("F" if full else "S" for full in case.pattern)
+        name = f"{family.name}-{routes}-{case.padding}-{'static' if case.static else 'grows'}"
+        made.append(pytest.param(family, case, id=name))
+    return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "pattern", "padding", "static"), pinned_cases())
-def test_pinned(family, pattern, padding, static):
-    """Every layer full or sparse by request: equal to the explicit mask, call after call."""
-    model, twin = family.make(), family.make()
-    options = {(1, 1): "full", (0, 0): "sparse"}.get(pattern, pattern)
-    unknown = static and any(family.windows) and options != "full"
-    made = compiled(model, routes=options, config=config(), strict=not unknown)
+@pytest.mark.parametrize(("family", "case"), pinned_cases())
+def test_pinned(family, case):
+    """Layers full or sparse by request: equal to the explicit mask, call after call."""
+    model, twin, pattern = family.make(), family.make(), case.pattern
+    unknown = case.static and any(family.windows)
+    if unknown:  # a sliding layer's static cache is of no known kind, so its decode is dense anyway
+        pattern = tuple(int(r or w > 0) for r, w in zip(pattern, family.windows, strict=True))
+    routes = {(1, 1): "full", (0, 0): "sparse"}.get(pattern, pattern)
+    made = compiled(model, True, routes=routes, config=config(), strict=not unknown)
     definition = definition_of(all_rows(3, pattern), config())
-    for steps in (steps_of(family), GROWING):
-        _, tokens, steps = tokens_of(family, steps, padding)
-        got = in_steps(family, model, tokens, steps, static)
+    for steps in case.steps(family):
+        _, tokens, steps = tokens_of(family, steps, case.padding)
+        got = in_steps(family, model, tokens, steps, case.static)
         assert_logits(got, defined(family, twin, definition, tokens), tokens.valid)
     assert ("streaming" in made.became) == (0 in pattern)
     assert "full" in made.became or 1 not in pattern
-    lost = {SkipReason.CACHE_UNKNOWN} if unknown else set()
+    lost = {SkipReason.CACHE_UNKNOWN} if unknown and routes != "full" else set()
     assert made.reasons - {None, SkipReason.NOT_CAUSAL} == lost
 
 
@@ -122,11 +138,10 @@ def test_forced(family, full):
     fluxcompile.attach(model, router)
     compiled(model, strict=True)
     definition = definition_of(all_rows(3, (full, full)), config())
-    for steps in (steps_of(family), GROWING):
-        _, tokens, steps = tokens_of(family, steps)
-        got = in_steps(family, model, tokens, steps)
-        assert_logits(got, defined(family, twin, definition, tokens), tokens.valid)
-        assert fluxcompile.routes(model).fa.tolist() == definition.full.tolist()
+    _, tokens, steps = tokens_of(family, STEPS)
+    got = in_steps(family, model, tokens, steps)
+    assert_logits(got, defined(family, twin, definition, tokens), tokens.valid)
+    assert fluxcompile.routes(model).fa.tolist() == definition.full.tolist()
 
 
 @pytest.mark.slow
