@@ -33,8 +33,8 @@ _TAIL = """
   and a full layer, rows without padding.
 - *a router*: it reads the query that the family has before rotary embedding, rows of a batch
   decide for themselves, and decode follows.
-- *static cache*: sparse on a `StaticCache`, rows padded on the right. A tick in brackets: layers that slide run full
-  attention on it, within their window, and say so.
+- *static cache*: sparse on a `StaticCache`, rows padded on the right. A tick in brackets: layers
+  that slide run full attention on it, within their window, and say so.
 - Layers with a sliding window of their own keep it, in full and in sparse attention.
 - Cross-attention and attention that looks both ways are left alone, and `explain` says so.
 """
