@@ -7,12 +7,11 @@ keys are another sequence's: no key comes with the query.
 from __future__ import annotations
 
 import torch
-from torch import fx
 
 from fluxcompile.passes.graph_util import (
     argument,
+    changes_of,
     is_tensor,
-    mutates,
     op_name,
     same_size,
     value_of,
@@ -38,13 +37,19 @@ def reads_own_key(site: AttentionSite) -> bool:
         return False
     if same_size(site.k_shape[2], queries):
         return True
-    for node, _ in upstream(site.k, index_symbols(4)):
-        if op_name(node) in _CONCATENATES:
-            parts, axis = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-            return axis in (2, -2) and same_size(value_of(parts[-1]).shape[-2], queries)
+    token = index_symbols(4)[2]
+    for node, index in upstream(site.k, index_symbols(4)):
         if node.target is torch.ops.flux.ring_cache.default:
             return True
-        if any(_writes(user, node, queries) for user in node.users if user < site.output):
+        if token not in index:
+            continue
+        axis = index.index(token)
+        if op_name(node) in _CONCATENATES:
+            parts, along = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+            last = value_of(parts[-1])
+            return along % last.dim() == axis and same_size(last.shape[axis], queries)
+        changes = (change for change in changes_of(node) if change < site.output)
+        if any(_is_as_long(change.args[-1], axis, len(index), queries) for change in changes):
             return True
     return False
 
@@ -56,11 +61,9 @@ def not_causal(site: AttentionSite) -> Skip:
     return Skip(SkipReason.NOT_CAUSAL, seen)
 
 
-def _writes(user: fx.Node, keys: fx.Node, queries: object) -> bool:
-    """True where ``user`` puts as many new keys into ``keys`` as there are queries."""
-    if not (mutates(user) and user.args and user.args[0] is keys):
+def _is_as_long(new: object, axis: int, rank: int, queries: object) -> bool:
+    """True where what is written into the keys is one token: with that axis, or without it."""
+    if not is_tensor(new):
         return False
-    new = user.args[-1]
-    if not is_tensor(new) or value_of(new).dim() < 2:
-        return False
-    return same_size(value_of(new).shape[-2], queries)
+    shape = value_of(new).shape
+    return len(shape) == rank - 1 or (len(shape) == rank and same_size(shape[axis], queries))

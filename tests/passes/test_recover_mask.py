@@ -260,8 +260,21 @@ class TestOffset:
             past_v.index_copy_(2, at, v)
             return attention(q, past_k, past_v)
 
+        def tokens_first(q, k, v, past_k, past_v):
+            k, v = (
+                torch.cat((old.transpose(1, 2), new.transpose(1, 2)), dim=1).transpose(1, 2)
+                for old, new in ((past_k, k), (past_v, v))
+            )
+            return attention(q, k, v)
+
+        def assigned(q, k, v, past_k, past_v):
+            past_k[:, :, -1:], past_v[:, :, -1:] = k, v
+            return attention(q, past_k, past_v)
+
         new = k[:, :, -1:], v[:, :, -1:]
         assert read(appended, q, *new, *past).mask == CausalMask()
+        assert read(tokens_first, q, *new, *past).mask == CausalMask()
+        assert read(assigned, q, *new, *past).mask == CausalMask()
         assert read(written, q, *new, *past).mask == CausalMask()
         assert read(attention, q, *new).mask == CausalMask()
         site = read(appended, q, *new, *past, padding())
