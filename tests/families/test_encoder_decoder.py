@@ -39,6 +39,17 @@ def test_cross_attention_is_no_layer():
         assert {row.reason for row in cross} == {SkipReason.NOT_CAUSAL}
 
 
+def test_answers_begin_with_one_token():
+    """A query, and more keys than sink and local, none of them its own: nothing to make sparse."""
+    model, twin = BART.make(), BART.make()
+    made = compiled(model, routes="sparse", config=config(), strict=True)
+    _, tokens, steps = tokens_of(BART, (1, 1), "ones")
+    got = in_steps(BART, model, tokens, steps)
+    definition = definition_of(all_rows(3, (0, 0)), config())
+    assert_logits(got, defined(BART, twin, definition, tokens), tokens.valid)
+    assert "streaming" not in made.became
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_explain_names_all_three_kinds(padded):

@@ -16,7 +16,7 @@ from tests.families.family import CAPACITY, HEADS, LAYERS, Family, spread
 from tests.parity.models import VOCABULARY
 from tests.parity.reference import Keys, RoutedDefinition, visible
 
-DIM, SOURCE = 64, 9
+DIM, SOURCE = 64, 30
 
 
 @dataclass(frozen=True)
