@@ -35,7 +35,7 @@ def attention_layers(model: nn.Module) -> dict[str, int]:
 
     An attention module carries an integer ``layer_idx`` and either its own ``head_dim`` or
     "Attention" in its class name; a decoder layer that merely contains such a module, and
-    cross-attention, are left out.
+    attention that says it is not causal (an encoder's, cross-attention), are left out.
 
     Returns:
         Module path -> head dimension, ordered by ``layer_idx``.
@@ -172,6 +172,8 @@ def _is_attention(module: nn.Module) -> bool:
     if not _is_int(getattr(module, "layer_idx", None)):
         return False
     if "CrossAttention" in kind or getattr(module, "is_cross_attention", False):
+        return False
+    if getattr(module, "is_causal", True) is False:  # an encoder's, or cross-attention
         return False
     return _is_int(getattr(module, "head_dim", None)) or "Attention" in kind
 

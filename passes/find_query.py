@@ -11,6 +11,7 @@ input is the rotary embedding, and the dominator above it is the query the route
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,13 @@ from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
 from fluxcompile.passes.views import permutation
 
 _ROOT = "root"
+#: what quantised weights are stored in, as parameters or as buffers of their module
+_QUANTIZED = {
+    *(torch.int8, torch.uint8, torch.int32),
+    *(getattr(torch, name) for name in dir(torch) if name.startswith("float8_")),
+}
+#: Dynamo's name for where a module's own parameters and buffers are found
+_OF_MODULE = "ParamBufferSource"
 #: ways to reorder axes that are not followed
 _OTHER_MOVES = {"movedim", "moveaxis", "swapdims", "t", "einsum", "flip", "roll", "getattr"}
 #: what may stand between the query and the two halves, or pairs, that are rotated
@@ -56,16 +64,26 @@ def find_queries(
 
 
 class _Roles:
-    """Whether a node's value comes from weights, from inputs, or from both (an activation)."""
+    """Whether a node's value comes from weights, from inputs, or from both (an activation).
+
+    Quantised weights may be buffers, whose scales are buffers too. Other buffers are not weights:
+    rotary embedding keeps its frequencies in one. So a buffer counts as part of a weight only with
+    a weight that it is combined with and nothing else.
+    """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.weights: set[fx.Node] = set()
+        self.buffers: set[fx.Node] = set()
         self.activations: set[fx.Node] = set()
         inputs = iter(example_inputs)
         for node in gm.graph.nodes:
             if node.op == "placeholder":
-                if isinstance(next(inputs), torch.nn.Parameter):
+                value = next(inputs)
+                if isinstance(value, torch.nn.Parameter):
                     self.weights.add(node)
+                elif isinstance(value, torch.Tensor) and _is_buffer(node):
+                    quantized = value.dtype in _QUANTIZED and value.dim() >= 2
+                    (self.weights if quantized else self.buffers).add(node)
             elif node.op == "get_attr":
                 self.weights.add(node)
             else:
@@ -79,8 +97,10 @@ class _Roles:
             self.activations.add(node)
             return
         from_weights = [source in self.weights for source in sources]
-        if from_weights and all(from_weights):
-            self.weights.add(node)
+        from_buffers = [source in self.buffers for source in sources]
+        only_own = bool(sources) and all(map(operator.or_, from_weights, from_buffers))
+        if only_own:
+            (self.weights if any(from_weights) else self.buffers).add(node)
         elif any(from_weights):
             self.activations.add(node)
 
@@ -101,6 +121,16 @@ class _Roles:
             and is_tensor(source)
             and value_of(source).dim() >= 2
         ]
+
+
+def _is_buffer(placeholder: fx.Node) -> bool:
+    """True where Dynamo found an input among a module's own parameters and buffers."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if type(source).__name__.endswith(_OF_MODULE):
+            return True
+        source = getattr(source, "base", None)
+    return False
 
 
 def _is_metadata(value: Any) -> bool:

@@ -23,6 +23,7 @@ from fluxcompile.passes.mask_expression import (
     MaskExpression,
     UnreadableMask,
 )
+from fluxcompile.passes.own_keys import NoCausalTerm, not_causal, reads_own_key
 from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask, Mask, Skip, SkipReason
 from fluxcompile.passes.views import index_symbols
 
@@ -37,7 +38,7 @@ def recover_masks(sites: list[AttentionSite]) -> int:
         if site.skip is not None:
             continue
         lengths = as_expr(site.q_shape[2]), as_expr(site.k_shape[2])
-        key = (site.attn_mask, site.is_causal, *lengths)
+        key = (site.attn_mask, site.is_causal, *lengths, reads_own_key(site))
         if key not in known:
             known[key] = _recover(site)
         found = known[key]
@@ -51,11 +52,11 @@ def recover_masks(sites: list[AttentionSite]) -> int:
 def _recover(site: AttentionSite) -> Mask | Skip:
     query_length, key_length = site.q_shape[2], site.k_shape[2]
     if site.attn_mask is None:
-        if query_length == 1 and not site.is_causal:
-            return CausalMask()
         if site.is_causal and same_size(query_length, key_length):
             return CausalMask()
-        return Skip(SkipReason.NOT_CAUSAL)
+        if not site.is_causal and reads_own_key(site):
+            return CausalMask()
+        return not_causal(site)
     if not is_tensor(site.attn_mask):
         return Skip(SkipReason.MASK_UNREADABLE, f"mask is {site.attn_mask}")
     if site.is_causal:
@@ -64,12 +65,16 @@ def _recover(site: AttentionSite) -> Mask | Skip:
     if len(shape) != 4 or shape[1] != 1:
         return Skip(SkipReason.MASK_UNREADABLE, f"shape {list(shape)}, expected [B, 1, Sq, Skv]")
     try:
-        return _read(site.attn_mask, shape, query_length, key_length)
+        return _read(site.attn_mask, shape, query_length, key_length, reads_own_key(site))
+    except NoCausalTerm:
+        return not_causal(site)
     except UnreadableMask as problem:
         return Skip(SkipReason.MASK_UNREADABLE, str(problem))
 
 
-def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object) -> Mask:
+def _read(
+    mask: fx.Node, shape: tuple, query_length: object, key_length: object, own_key: bool
+) -> Mask:
     if not same_size(shape[3], key_length):
         raise UnreadableMask(f"{shape[3]} keys in the mask, {key_length} in the attention")
     if not same_size(shape[2], query_length):
@@ -88,7 +93,7 @@ def _read(mask: fx.Node, shape: tuple, query_length: object, key_length: object)
     terms = tuple(sympy.And.make_args(expression))
     if any(isinstance(term, Load) and len(term.index) == 4 for term in terms):
         return _given(mask, terms, evaluator)
-    return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length))
+    return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length), own_key)
 
 
 def _given(mask: fx.Node, terms: tuple, evaluator: MaskExpression) -> GivenMask:
@@ -102,7 +107,12 @@ def _given(mask: fx.Node, terms: tuple, evaluator: MaskExpression) -> GivenMask:
 
 
 def _classify(
-    mask: fx.Node, terms: tuple, evaluator: MaskExpression, position: tuple, lengths: tuple
+    mask: fx.Node,
+    terms: tuple,
+    evaluator: MaskExpression,
+    position: tuple,
+    lengths: tuple,
+    own_key: bool,
 ) -> CausalMask:
     batch, i, j = position
     last = as_expr(lengths[1]) - as_expr(lengths[0])  # key index of query 0, lower-right aligned
@@ -121,8 +131,10 @@ def _classify(
     if len(valid) > 1 or len(upper) > 1 or len(lower) > 1:
         raise UnreadableMask(f"more than one term of a kind: {[str(t) for t in terms]}")
     if not upper:
-        if lengths[0] != 1:
-            raise UnreadableMask("no causal term")
+        if not own_key:
+            if lower:
+                raise UnreadableMask("no causal term")
+            raise NoCausalTerm
         upper.append(last)  # a single query on all keys: causal holds by itself
     offset = upper[0]
     window = 0

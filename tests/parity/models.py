@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -63,9 +64,9 @@ def flux_config(**fields) -> FluxConfig:
     return FluxConfig(**({"sink": SINK, "local": LOCAL, "pool_size": POOL} | fields))
 
 
-def forced_router(model: PreTrainedModel, full: bool, config: FluxConfig | None = None):
+def forced_router(model: nn.Module, full: bool, config: FluxConfig | None = None, **named):
     """A router that decides one way whatever it reads, by the bias of its last layer."""
-    router = FluxRouter.from_model(model, config or flux_config())
+    router = FluxRouter.from_model(model, config or flux_config(), **named)
     bias = torch.tensor([0.0, 9.0]) if full else torch.tensor([9.0, 0.0])
     with torch.no_grad():
         for layer in router.layers:
@@ -74,9 +75,12 @@ def forced_router(model: PreTrainedModel, full: bool, config: FluxConfig | None 
     return router
 
 
-def random_router(model: PreTrainedModel, config: FluxConfig | None = None, seed: int = 3):
-    """A router with random weights, large enough that prompts of one batch decide differently."""
-    router = FluxRouter.from_model(model, config or flux_config())
+def random_router(model: nn.Module, config: FluxConfig | None = None, seed: int = 3, **named):
+    """A router with random weights, large enough that prompts of one batch decide differently.
+
+    ``named`` says where the layers are in a model of no known kind.
+    """
+    router = FluxRouter.from_model(model, config or flux_config(), **named)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in router.layers:

@@ -41,7 +41,7 @@ class RoutedDefinition:
 
 
 @dataclass(frozen=True)
-class _Keys:
+class Keys:
     """What the mask function hands to the attention function: nothing is decided before."""
 
     valid: torch.Tensor | None  # bool [B, T], T >= first key + number of keys
@@ -74,7 +74,7 @@ def reference(model: PreTrainedModel, definition: RoutedDefinition) -> Iterator[
 
 
 def visible(
-    definition: RoutedDefinition, layer: int, keys: _Keys, queries: int, count: int, window: int
+    definition: RoutedDefinition, layer: int, keys: Keys, queries: int, count: int, window: int
 ) -> torch.Tensor:
     """bool ``[B, queries, count]``: the definition, term by term."""
     batch = definition.full.shape[0]
@@ -107,9 +107,9 @@ def _mask(
     kv_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
     **_: object,
-) -> _Keys:
+) -> Keys:
     valid = None if attention_mask is None else attention_mask.bool()
-    return _Keys(valid, int(q_offset), int(kv_offset))
+    return Keys(valid, int(q_offset), int(kv_offset))
 
 
 def _attention(
@@ -117,23 +117,28 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: _Keys,
+    attention_mask: Keys,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    seen = visible(
-        _active[-1],
-        module.layer_idx,
-        attention_mask,
-        query.shape[2],
-        key.shape[2],
-        sliding_window or 0,
-    )[:, None]
-    scores = (query.double() @ key.double().mT * scaling).masked_fill(~seen, float("-inf"))
+    scores = query.double() @ key.double().mT * scaling
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    if getattr(module, "is_causal", True):  # else an encoder's, or cross-attention: as it is
+        seen = visible(
+            _active[-1],
+            module.layer_idx,
+            attention_mask,
+            query.shape[2],
+            key.shape[2],
+            sliding_window or 0,
+        )
+        scores = scores.masked_fill(~seen[:, None], float("-inf"))
     weights = scores.softmax(-1).nan_to_num(0.0)  # a query that sees nothing gives zeros
     return (weights @ value.double()).to(query.dtype).transpose(1, 2).contiguous(), None
 

@@ -32,11 +32,11 @@ def test_sparse_reference_differs_from_the_model(kind, pattern):
 
 def test_sparse_reference_sees_what_the_definition_says():
     """Sink 1, local 2, six keys of which key 1 is invalid: written out by hand."""
-    from tests.parity.reference import _Keys, visible
+    from tests.parity.reference import Keys, visible
 
     valid = torch.tensor([[True, False, True, True, True, True]])
     definition = RoutedDefinition(torch.tensor([[False]]), sink=1, local=2)
-    seen = visible(definition, 0, _Keys(valid, 0, 0), 6, 6, 0)[0].int().tolist()
+    seen = visible(definition, 0, Keys(valid, 0, 0), 6, 6, 0)[0].int().tolist()
     assert seen == [
         [1, 0, 0, 0, 0, 0],
         [1, 0, 0, 0, 0, 0],

@@ -245,19 +245,57 @@ class TestOffset:
         assert read(attend, *qkv(), torch.tensor(-3)).skip is not None
 
     def test_one_query_sees_all_keys(self):
+        """Seeing all of them is causal where the last one is the query's own."""
         q, k, v = self.operands(1)
-        site = read(functional.scaled_dot_product_attention, q, k, v)
-        assert site.mask == CausalMask()
-        site = read(VALID["unsqueezed"], q, k, v, padding())
-        assert site.mask.valid is not None
+        attention = functional.scaled_dot_product_attention
+        past = k[:, :, :-1], v[:, :, :-1]
 
-    def test_one_query_and_only_padding(self):
-        def attend(q, k, v, m):
-            return sdpa(q, k, v, m.bool()[:, None, None, :])
+        def appended(q, k, v, past_k, past_v, m=None):
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=-2)
+            return sdpa(q, k, v, None if m is None else m.bool()[:, None, None, :])
 
-        site = read(attend, *self.operands(1), padding())
+        def written(q, k, v, past_k, past_v):
+            at = torch.tensor([past_k.shape[2] - 1])
+            past_k.index_copy_(2, at, k)
+            past_v.index_copy_(2, at, v)
+            return attention(q, past_k, past_v)
+
+        def tokens_first(q, k, v, past_k, past_v):
+            k, v = (
+                torch.cat((old.transpose(1, 2), new.transpose(1, 2)), dim=1).transpose(1, 2)
+                for old, new in ((past_k, k), (past_v, v))
+            )
+            return attention(q, k, v)
+
+        def assigned(q, k, v, past_k, past_v):
+            past_k[:, :, -1:], past_v[:, :, -1:] = k, v
+            return attention(q, past_k, past_v)
+
+        new = k[:, :, -1:], v[:, :, -1:]
+        assert read(appended, q, *new, *past).mask == CausalMask()
+        assert read(tokens_first, q, *new, *past).mask == CausalMask()
+        assert read(assigned, q, *new, *past).mask == CausalMask()
+        assert read(written, q, *new, *past).mask == CausalMask()
+        assert read(attention, q, *new).mask == CausalMask()
+        site = read(appended, q, *new, *past, padding())
         assert isinstance(site.mask, CausalMask)
         assert site.mask.valid is not None
+
+    def test_one_query_on_keys_that_come_from_elsewhere(self):
+        """Cross-attention: cached keys of another sequence, or new ones, more than queries."""
+        q, k, v = self.operands(1)
+        attention = functional.scaled_dot_product_attention
+
+        def computed(q, k, v):
+            return attention(q, torch.cat((k[:, :, :0], k * 2), dim=2), v)
+
+        def masked(q, k, v, m):
+            return sdpa(q, k, v, m.bool()[:, None, None, :])
+
+        for fn, inputs in ((attention, ()), (computed, ()), (masked, (padding(),))):
+            site = read(fn, q, k, v, *inputs)
+            assert site.skip.reason is SkipReason.NOT_CAUSAL
+            assert "own sequence" in site.skip.detail
 
 
 class TestGiven:
