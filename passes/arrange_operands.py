@@ -1,4 +1,4 @@
-"""Write queries, keys and values that are held in another order as ``[B, heads, tokens, head_dim]``.
+"""Write queries, keys and values whose axes are in another order ``[B, heads, tokens, head_dim]``.
 
 Legal because a permutation and a merge of neighbouring axes are views, or copies, of what the
 attention reads; each is put right before it, so that nothing changes in between.

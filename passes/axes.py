@@ -34,7 +34,8 @@ def settle(index: Index, bounds: Bounds) -> Index:
 def _settle(expression: sympy.Expr, bounds: Bounds) -> sympy.Expr:
     expression = sympy.expand(expression)
     expression = expression.replace(
-        sympy.floor, lambda x: sympy.Integer(0) if _below(x, sympy.Integer(1), bounds) else _floor(x)
+        sympy.floor,
+        lambda x: sympy.Integer(0) if _below(x, sympy.Integer(1), bounds) else _floor(x),
     )
     return expression.replace(
         sympy.Mod, lambda x, size: x if _below(x, size, bounds) else sympy.Mod(x, size)
@@ -55,5 +56,5 @@ def _below(x: sympy.Expr, limit: sympy.Expr, bounds: Bounds) -> bool:
     if not growing or not linear:
         return False
     largest = x.subs({symbol: bounds[symbol] - 1 for symbol in x.free_symbols})
-    smallest = x.subs({symbol: 0 for symbol in x.free_symbols})
+    smallest = x.subs(dict.fromkeys(x.free_symbols, 0))
     return bool(smallest >= 0) and bool(largest < limit)

@@ -1,7 +1,7 @@
 """Products of two tensors that sum over one axis, whatever they are called.
 
-``matmul``, ``bmm`` and ``einsum`` all give ``out[...] = sum over s of a[...] * b[...]``: they differ
-in which index reaches which operand, and that index is what is read here.
+``matmul``, ``bmm`` and ``einsum`` all give ``out[...] = sum over s of a[...] * b[...]``: they
+differ in which index reaches which operand, and that index is what is read here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def is_contraction(node: fx.Node) -> bool:
     return op_name(node) in _MATMUL or op_name(node) == "einsum"
 
 
-def factors(
-    product: fx.Node, index: Index, summed: sympy.Expr
-) -> tuple[Operand, Operand] | None:
+def factors(product: fx.Node, index: Index, summed: sympy.Expr) -> tuple[Operand, Operand] | None:
     """Both operands, at the index that the product reads them for its own ``index``.
 
     None where it is no sum over exactly one axis of exactly two tensors.

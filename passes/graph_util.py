@@ -15,7 +15,17 @@ _OPERATORS_IN_PLACE = {
 #: operations whose result may be a view of their first operand
 _MAY_ALIAS = {
     *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "broadcast_to"),
-    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "view_as", "unfold"),
+    *(
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "permute",
+        "movedim",
+        "moveaxis",
+        "t",
+        "view_as",
+        "unfold",
+    ),
     *("squeeze", "unsqueeze", "getitem", "select", "narrow", "chunk", "split", "unbind"),
     *("contiguous", "detach", "to", "type", "type_as", "float", "half", "bfloat16", "getattr"),
     *("view_as_real", "view_as_complex", "diagonal", "tensor_split", "bool", "long", "int"),

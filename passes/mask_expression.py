@@ -258,8 +258,15 @@ class MaskExpression:
         if name not in ("eq", "ne") or not is_tensor(tested) or constant(number) not in (0.0, 1.0):
             return self._load(node, index)
         shape = tuple(value_of(tested).shape)
+        index_of_tested = broadcast_index(shape, index)
         try:
-            is_one = self._indicator(tested, broadcast_index(shape, index))
+            if constant(number) == 0.0 and value_of(tested).dtype.is_floating_point:
+                is_zero = self._additive(tested, index_of_tested)
+                return is_zero if name == "eq" else sympy.Not(is_zero)
+        except UnreadableMask:
+            pass  # not an additive mask: ones and zeros, then?
+        try:
+            is_one = self._indicator(tested, index_of_tested)
         except UnreadableMask:
             return self._load(node, index)
         return is_one if (name == "eq") == bool(constant(number)) else sympy.Not(is_one)

@@ -58,9 +58,7 @@ def trace_operand(
         node, index, scale = step[0], settle(step[1], bounds), scale * step[2]
 
 
-def _upstream(
-    node: fx.Node, index: Index, may_scale: bool
-) -> tuple[fx.Node, Index, float] | None:
+def _upstream(node: fx.Node, index: Index, may_scale: bool) -> tuple[fx.Node, Index, float] | None:
     if (step := _step(node, index)) is not None:
         return (*step, 1.0)
     scaled, factor = scaling(node) if may_scale else (None, None)

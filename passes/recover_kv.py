@@ -47,4 +47,3 @@ def _unexpanded(node: fx.Node, reader: fx.Node) -> fx.Node:
         if broadcast_index(sizes, index) == broadcast_index(sizes, grouped):
             best = source
     return best
-

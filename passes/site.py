@@ -104,7 +104,7 @@ class MaskTerm:
 
 
 class OutputForm(enum.Enum):
-    """The axes of an attention's output: b batch, h heads (k groups of g), i queries, d features."""
+    """Axes of an attention's output: b batch, h heads (k groups of g), i queries, d features."""
 
     BHID = "bhid"
     BIHD = "bihd"

@@ -219,10 +219,10 @@ def _read(
     factored = factors(scores.product, scores.index, FEATURE)
     if factored is None:
         return _unread(scores.product, output, values, "product not read")
-    dims = {value_of(x.node).shape[x.index.index(FEATURE)] for x in factored if FEATURE in x.index}
+    dims = [value_of(x.node).shape[x.index.index(FEATURE)] for x in factored if FEATURE in x.index]
     if not dims:
         return _unread(scores.product, output, values, "product not read")
-    sources = _sources(scores, element, factored, values, dims.pop(), output)
+    sources = _sources(scores, element, factored, values, dims[0], output)
     if isinstance(sources, str):
         return _unread(scores.product, output, values, sources)
     query, key, value = sources
@@ -264,7 +264,7 @@ def _sources(
     feature = (FEATURE, head_dim)
     of_query = [[(b, batch), (element.head, heads), (i, queries), feature]]
     if len(element.index) == 5:
-        groups = [(axis, size) for axis, size in zip(element.index[1:3], _group(element), strict=True)]
+        groups = list(zip(element.index[1:3], _group(element), strict=True))
         of_query.append([(b, batch), *groups, (i, queries), feature])
     of_key = _layouts_of_keys(element, (b, batch), (j, keys), feature)
     width = value_of(output).shape[-1]
