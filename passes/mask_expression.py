@@ -14,6 +14,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
+from fluxcompile.passes.axes import Bounds, settle
 from fluxcompile.passes.graph_util import (
     argument,
     as_expr,
@@ -85,7 +86,8 @@ _INTEGERS = (torch.int64, torch.int32)
 class MaskExpression:
     """Evaluates bool and additive masks of one graph; remembers 0-d tensors as symbols."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds | None = None) -> None:
+        self._bounds = bounds or {}
         self.scalars: dict[sympy.Symbol, fx.Node] = {}
         self.loads: dict[str, fx.Node] = {}
 
@@ -273,7 +275,7 @@ class MaskExpression:
 
     def _load(self, node: fx.Node, index: Index) -> Load:
         self.loads[node.name] = node
-        return Load(node.name, *index)
+        return Load(node.name, *settle(index, self._bounds))
 
     def _view(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         """One view step, including reads by index tensors (``mask[batch, key]``)."""

@@ -75,7 +75,7 @@ def _recover(site: AttentionSite) -> Mask | Skip:
 
 
 def _read(site: AttentionSite, query_length: object, key_length: object) -> Mask:
-    evaluator = MaskExpression()
+    evaluator = MaskExpression({s: size for term in site.mask_terms for s, size in term.bounds})
     seen = [evaluator.allowed(term.node, term.index, term.use) for term in site.mask_terms]
     expression = sympy.And(*seen)
     terms = tuple(sympy.And.make_args(expression))

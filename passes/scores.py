@@ -44,6 +44,7 @@ class Scores:
     index: Index
     scale: float = 1.0
     softcap: float = 0.0
+    bounds: Bounds = field(default_factory=dict)
     terms: list[MaskTerm] = field(default_factory=list)
     chain: list[fx.Node] = field(default_factory=list)
 
@@ -54,7 +55,7 @@ def read_scores(scores: fx.Node, index: Index, bounds: Bounds) -> Scores:
     Raises:
         UnreadableScores: some step cannot be read.
     """
-    read = Scores(scores, index)
+    read = Scores(scores, index, bounds=bounds)
     while not is_contraction(read.product):
         read.chain.append(read.product)
         if len(read.chain) > 2 * STEPS or read.product.op not in ("call_function", "call_method"):
@@ -137,7 +138,7 @@ def _use(read: Scores, scores: fx.Node, mask: fx.Node, use: MaskUse) -> None:
     if value_of(scores).dim() != len(shape):
         raise UnreadableScores(read.product)
     index = broadcast_index(tuple(value_of(mask).shape), read.index)
-    read.terms.append(MaskTerm(mask, index, use))
+    read.terms.append(MaskTerm(mask, index, use, tuple(read.bounds.items())))
     read.index = broadcast_index(tuple(value_of(scores).shape), read.index)
     read.product = scores
 

@@ -101,6 +101,7 @@ class MaskTerm:
     node: fx.Node
     index: tuple[sympy.Expr, ...]
     use: MaskUse
+    bounds: tuple[tuple[sympy.Symbol, int], ...] = ()  #: sizes of the axes, where they are known
 
 
 class OutputForm(enum.Enum):

@@ -202,7 +202,7 @@ def _split(linear: sympy.Expr, sizes: tuple, positions: Index) -> list[sympy.Exp
     for axis in range(len(sizes)):
         inner = sympy.Mul(*(as_expr(size) for size in sizes[axis + 1 :]))
         part = sympy.floor(linear / inner)
-        if axis:
+        if any(as_expr(size) != 1 for size in sizes[:axis]):
             part = sympy.Mod(part, as_expr(sizes[axis]))
         parts.append(sympy.Integer(0) if as_expr(sizes[axis]) == 1 else part)
     return parts
