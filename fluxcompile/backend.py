@@ -31,6 +31,7 @@ from fluxcompile.report import GraphReport
 from fluxcompile.route_io import route_io
 from fluxcompile.runtime import CompiledGraph
 from fluxcompile.shared_graph import SharedGraph, Sharing
+from fluxcompile.torch_internals import naming_versions
 from fluxcompile.training_graph import (
     TrainingGraph,
     prepare_training,
@@ -68,10 +69,12 @@ def flux(
     Raises:
         OptionError: unknown option or bad value.
         RouterError: the router does not fit or cannot be loaded.
+        TorchVersionError: this PyTorch lacks an internal that is needed.
         RewriteError: with ``strict``, whatever would have fallen back to full attention; with
             ``mode`` "train", an attention that cannot be trained.
     """
-    return compile_graph(gm, example_inputs, CompileOptions.parse(options, mode))
+    with naming_versions():
+        return compile_graph(gm, example_inputs, CompileOptions.parse(options, mode))
 
 
 def compile_graph(
