@@ -125,6 +125,8 @@ def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:
         site.not_routed = Skip(SkipReason.SLIDING_CACHE, f"window {window}" if window else "")
     elif policy is Policy.ROUTER and site.query_tap is None and site.may_start_prompt:
         site.not_routed = site.not_routed or Skip(SkipReason.QUERY_NOT_FOUND)
+    elif policy is Policy.ROUTER and site.head_groups and config.pooling.each_head:
+        site.not_routed = Skip(SkipReason.HEADS_ELSEWHERE, 'heads="each" under tensor parallelism')
     else:
         return policy
     return Policy.FULL

@@ -14,6 +14,7 @@ from fluxcompile.passes.assign_layers import LayerOf, assign_layers
 from fluxcompile.passes.branch_attention import branch_attention
 from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.find_cache import find_caches
+from fluxcompile.passes.find_head_groups import find_head_groups
 from fluxcompile.passes.find_query import find_queries
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.insert_shares import ShareSource
@@ -58,6 +59,7 @@ def analyse(
         clock("arrange_operands", lambda: arrange_operands(gm, sites))
         clock("recover_mask", lambda: recover_masks(sites))
         clock("recover_kv", lambda: recover_kv(sites))
+        clock("find_head_groups", lambda: find_head_groups(gm, sites, example_inputs))
         clock("find_query", lambda: find_queries(gm, sites, example_inputs))
         clock("find_cache", lambda: find_caches(sites))
         clock(

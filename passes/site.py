@@ -29,6 +29,7 @@ class SkipReason(enum.Enum):
     CACHE_UNKNOWN = "the key/value cache is of an unknown kind"
     CACHE_IN_TRAINING = "training wants whole prompts without a cache (use_cache=False)"
     SLIDING_CACHE = "the sliding-window cache has dropped the sink tokens"
+    HEADS_ELSEWHERE = "other processes hold some of the heads that the router reads"
     NO_ROUTER = "no router is attached and no static routes are given"
     NO_ROUTER_FOR_LAYER = "the router has no entry for this layer"
     WINDOW_WITHIN_LOCAL = "the layer's own window is no wider than the local window"
@@ -232,6 +233,8 @@ class AttentionSite:
     ring: RingKV | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
+    #: names of the process groups that the layer's heads are spread over
+    head_groups: tuple[str, ...] = ()
     #: graph input: the weight nearest to the query, which tells the layer
     weight: fx.Node | None = None
     #: the router's layer, or the site's own order for static routes

@@ -1,0 +1,109 @@
+"""Two processes over gloo: heads of one model split between them, or a model for each.
+
+What one process decides and computes is what they decide and compute: equal routes on both, which
+also keeps their branches, and so their collectives, in step.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.cases import GIVEN, NEW, make
+from tests.parity.decide import decide, margins
+from tests.parity.harness import (
+    TOLERANCE,
+    Generated,
+    assert_follows,
+    assert_logits,
+    definition_of,
+)
+from tests.parity.models import flux_config
+from tests.parity.reference import routed_logits
+
+SCRIPT = Path(__file__).with_name("one_of_two.py")
+KINDS = ("llama", "qwen3")
+JOBS = [
+    *({"name": f"tensor-{kind}", "kind": kind, "parallel": "tensor"} for kind in KINDS),
+    {"name": "tensor-aot", "kind": "llama", "parallel": "tensor", "lowering": "aot_eager"},
+    {"name": "data", "kind": "llama", "parallel": "data"},
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Path:
+    """A directory with what each process made of each job."""
+    directory = tmp_path_factory.mktemp("served")
+    for kind in KINDS:
+        model, router = make(kind)
+        model.save_pretrained(directory / kind)
+        router.save_pretrained(directory / f"{kind}-router")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, str(SCRIPT)]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), port, str(directory), json.dumps(JOBS)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=250)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    return directory
+
+
+def result(directory: Path, name: str, rank: int) -> dict:
+    found = torch.load(directory / f"{name}-{rank}.pt", weights_only=False)
+    assert "error" not in found, found["error"]
+    return found
+
+
+def expected(kind: str):
+    """The model, and what one process decides; its rows differ, and by a wide margin."""
+    model, router = make(kind)
+    full = decide(model, router, GIVEN)
+    assert margins(model, router, GIVEN) > 1e-2
+    assert full[0].ne(full[1]).any()
+    return model, full
+
+
+@pytest.mark.parametrize("name", [job["name"] for job in JOBS if job["parallel"] == "tensor"])
+def test_heads_split_between_two_processes(served, name):
+    kind = next(job["kind"] for job in JOBS if job["name"] == name)
+    model, full = expected(kind)
+    definition = definition_of(full, flux_config())
+    wanted = routed_logits(model, definition, GIVEN.ids, attention_mask=GIVEN.mask, use_cache=False)
+    for rank in range(2):
+        got = result(served, name, rank)
+        assert all(", 2," in shape for shape in got["heads"]), got["heads"]  # of 4
+        assert "routed: full or streaming" in got["became"]
+        assert torch.equal(got["routes"], full)
+        assert torch.equal(got["generated_routes"], full)
+        assert_logits(got["logits"], wanted, GIVEN.valid)
+        generated = Generated(got["tokens"], got["token_logits"])
+        assert_follows(model, generated, GIVEN, definition)
+
+
+def test_a_model_for_each_process(served):
+    """Data parallel serving needs nothing: each row is what it is in a batch of two."""
+    model, full = expected("llama")
+    definition = definition_of(full, flux_config())
+    wanted = routed_logits(model, definition, GIVEN.ids, attention_mask=GIVEN.mask, use_cache=False)
+    for rank in range(2):
+        got = result(served, "data", rank)
+        assert torch.equal(got["routes"], full[rank : rank + 1])
+        assert got["tokens"].shape == (1, NEW)
+        worst = (got["logits"][0] - wanted[rank])[GIVEN.valid[rank].bool()].abs().max().item()
+        assert worst <= TOLERANCE
