@@ -1,9 +1,9 @@
 """Tell whether this process holds only some of a layer's heads, and who holds the others.
 
 Tensor parallelism (transformers' ``tp_plan``) splits the query projection's weight by its rows, so
-each process computes its own heads from a weight that is a ``DTensor``. A router reads the mean over
-*all* heads: what it reads is then reduced over the group of the weight's mesh, or the processes
-would route one prompt differently.
+each process computes its own heads from a weight that is a ``DTensor``. A router reads the mean
+over *all* heads: what it reads is then reduced over the group of the weight's mesh, or the
+processes would route one prompt differently.
 """
 
 from __future__ import annotations

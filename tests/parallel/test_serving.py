@@ -27,16 +27,24 @@ from tests.parity.reference import routed_logits
 
 SCRIPT = Path(__file__).with_name("one_of_two.py")
 KINDS = ("llama", "qwen3")
-JOBS = [
-    *({"name": f"tensor-{kind}", "kind": kind, "parallel": "tensor"} for kind in KINDS),
-    {"name": "tensor-aot", "kind": "llama", "parallel": "tensor", "lowering": "aot_eager"},
-    {"name": "data", "kind": "llama", "parallel": "data"},
-]
+TENSOR = {
+    "tensor-qwen3": {"kind": "qwen3"},  # a norm stands between a query and its projection
+    "tensor-llama": {"kind": "llama"},
+    "tensor-aot": {"kind": "llama", "lowering": "aot_eager"},
+}
+SLOW = ("tensor-llama", "tensor-aot")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Path:
+def served(tmp_path_factory, request) -> Path:
     """A directory with what each process made of each job."""
+    slow = request.config.getoption("--slow")
+    jobs = [{"name": "data", "kind": "llama", "parallel": "data"}]
+    jobs += [
+        {"name": name, "parallel": "tensor", **job}
+        for name, job in TENSOR.items()
+        if slow or name not in SLOW
+    ]
     directory = tmp_path_factory.mktemp("served")
     for kind in KINDS:
         model, router = make(kind)
@@ -48,7 +56,7 @@ def served(tmp_path_factory) -> Path:
     command = [sys.executable, str(SCRIPT)]
     started = [
         subprocess.Popen(
-            [*command, str(rank), port, str(directory), json.dumps(JOBS)],
+            [*command, str(rank), port, str(directory), json.dumps(jobs)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -79,10 +87,11 @@ def expected(kind: str):
     return model, full
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS if job["parallel"] == "tensor"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TENSOR]
+)
 def test_heads_split_between_two_processes(served, name):
-    kind = next(job["kind"] for job in JOBS if job["name"] == name)
-    model, full = expected(kind)
+    model, full = expected(TENSOR[name]["kind"])
     definition = definition_of(full, flux_config())
     wanted = routed_logits(model, definition, GIVEN.ids, attention_mask=GIVEN.mask, use_cache=False)
     for rank in range(2):
