@@ -48,13 +48,15 @@ def _floor(x: sympy.Expr) -> sympy.Expr:
 
 def _below(x: sympy.Expr, limit: sympy.Expr, bounds: Bounds) -> bool:
     """True where ``0 <= x < limit`` for certain; ``x`` must grow with every axis in it."""
-    if not limit.is_number or not x.free_symbols <= bounds.keys():
-        return False
-    x = sympy.expand(x)
-    growing = all(x.coeff(symbol, 1) > 0 for symbol in x.free_symbols)
-    linear = all(sympy.Poly(x, s).degree() == 1 for s in x.free_symbols) if x.free_symbols else True
-    if not growing or not linear:
+    if not limit.is_number or not x.free_symbols <= bounds.keys() or not _grows(x):
         return False
     largest = x.subs({symbol: bounds[symbol] - 1 for symbol in x.free_symbols})
     smallest = x.subs(dict.fromkeys(x.free_symbols, 0))
     return bool(smallest >= 0) and bool(largest < limit)
+
+
+def _grows(x: sympy.Expr) -> bool:
+    """True where ``x`` never falls as an axis' index rises, and is never negative."""
+    if isinstance(x, sympy.Add | sympy.Mul | sympy.floor):
+        return all(map(_grows, x.args))
+    return x.is_Symbol or bool(x.is_number and x.is_nonnegative)

@@ -24,7 +24,7 @@ def find_head_groups(
     gm: fx.GraphModule, sites: list[AttentionSite], example_inputs: Sequence[Any]
 ) -> int:
     """Set ``head_groups`` of every site; returns how many sites are split."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if _one_process():
         return 0
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, example_inputs, strict=False))
@@ -32,6 +32,10 @@ def find_head_groups(
         weight = _projection(site.q, inputs)
         site.head_groups = () if weight is None else _groups(weight)
     return sum(bool(site.head_groups) for site in sites)
+
+
+def _one_process() -> bool:
+    return not torch.distributed.is_available() or not torch.distributed.is_initialized()
 
 
 def _projection(query: fx.Node, inputs: dict[fx.Node, Any]) -> torch.Tensor | None:

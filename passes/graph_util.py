@@ -104,10 +104,17 @@ def changes_of(node: fx.Node) -> list[fx.Node]:
 
 
 def parted(later: fx.Node, source: fx.Node, reader: fx.Node) -> bool:
-    """True where ``later``, made from ``source``, stops being a copy of it before ``reader``."""
+    """True where ``later``, made from ``source``, may stop being a copy of it before ``reader``."""
     if any(change < reader for change in changes_of(later)):
         return True
-    return any(later < change < reader for change in changes_of(source))
+    return any(later < change < reader for change in changes_of(memory_of(source)))
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The furthest node upstream whose memory ``node`` may share."""
+    while op_name(node) in _MAY_ALIAS and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def erase_dead(node: fx.Node) -> int:

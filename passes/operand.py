@@ -12,7 +12,7 @@ from torch import fx
 
 from fluxcompile.passes.axes import Bounds, settle
 from fluxcompile.passes.contraction import Operand
-from fluxcompile.passes.graph_util import changes_of, parted, same_size, value_of
+from fluxcompile.passes.graph_util import changes_of, hint, memory_of, parted, same_size, value_of
 from fluxcompile.passes.scores import scaling
 from fluxcompile.passes.site import Source
 from fluxcompile.passes.views import Index, _step
@@ -39,10 +39,10 @@ def trace_operand(
         reader: the place where the source will be read instead.
         scaled: whether scalings may be taken off.
 
-    Among the sources, those with every scaling taken off come first, then those in the wanted
-    order, then the nearest.
+    Among the sources, those with every scaling taken off come first, then those with the fewest
+    heads, those in the wanted order, and the nearest.
     """
-    if any(product < change < reader for change in changes_of(operand.node)):
+    if any(product < change < reader for change in changes_of(memory_of(operand.node))):
         return None
     node, index, scale = operand.node, settle(operand.index, bounds), 1.0
     best: Source | None = None
@@ -50,12 +50,19 @@ def trace_operand(
         order = next((o for axes in layouts if (o := _order(node, index, axes)) is not None), None)
         if order is not None:
             found = Source(node, order, scale)
-            if best is None or found.scale != best.scale or (found.is_plain and not best.is_plain):
-                best = found
+            best = found if best is None or _is_better(found, best) else best
         step = _upstream(node, index, scaled)
         if step is None or parted(node, step[0], reader):
             return best
         node, index, scale = step[0], settle(step[1], bounds), scale * step[2]
+
+
+def _is_better(found: Source, best: Source) -> bool:
+    """``found`` is further upstream than ``best``."""
+    if found.scale != best.scale:
+        return True
+    heads, fewest = hint(found.shape[1]), hint(best.shape[1])
+    return heads < fewest or (heads == fewest and found.is_plain and not best.is_plain)
 
 
 def _upstream(node: fx.Node, index: Index, may_scale: bool) -> tuple[fx.Node, Index, float] | None:

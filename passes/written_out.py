@@ -266,29 +266,38 @@ def _sources(
     if len(element.index) == 5:
         groups = list(zip(element.index[1:3], _group(element), strict=True))
         of_query.append([(b, batch), *groups, (i, queries), feature])
-    of_key = _layouts_of_keys(element, (b, batch), (j, keys), feature)
     width = value_of(output).shape[-1]
-    of_value = _layouts_of_keys(element, (b, batch), (j, keys), (FEATURE, width))
     bounds, product = element.bounds, scores.product
-    for left, right in (factored, factored[::-1]):
-        query = trace_operand(left, of_query, bounds, product, output)
-        key = trace_operand(right, of_key, bounds, product, output)
-        if query is not None and key is not None:
-            break
-    else:
-        return "query and key not found"
-    value = trace_operand(values, of_value, bounds, output, output, scaled=False)
-    return "value not found" if value is None else (query, key, value)
+    for heads_of_keys in (_heads_of_keys(element), [(element.head, heads)]):
+        of_key, of_value = (
+            [[(b, batch), head, (j, keys), last] for head in heads_of_keys]
+            for last in (feature, (FEATURE, width))
+        )
+        for left, right in (factored, factored[::-1]):
+            query = trace_operand(left, of_query, bounds, product, output)
+            key = trace_operand(right, of_key, bounds, product, output)
+            if query is not None and key is not None:
+                break
+        else:
+            return "query and key not found"
+        value = trace_operand(values, of_value, bounds, output, output, scaled=False)
+        if value is None:
+            return "value not found"
+        if hint(key.shape[1]) == hint(value.shape[1]):
+            break  # otherwise both with a head for every query head
+    return query, key, value
 
 
-def _layouts_of_keys(
-    element: _Element, batch: Axis, tokens: Axis, feature: Axis
-) -> list[list[Axis]]:
-    """With a head for every query head, with KV heads, or with one head for all."""
-    heads: list[Axis] = [(element.head, element.sizes[1]), (sympy.Integer(0), 1)]
+def _heads_of_keys(element: _Element) -> list[Axis]:
+    """A head for every query head, or for several; one head for all is broadcast."""
+    heads = element.sizes[1]
+    found: list[Axis] = [(element.head, heads)]
     if len(element.index) == 5:
-        heads.insert(1, (element.index[1], _group(element)[0]))
-    return [[batch, head, tokens, feature] for head in heads]
+        found.append((element.index[1], _group(element)[0]))
+    elif isinstance(heads, int):
+        groups = [size for size in range(2, heads) if heads % size == 0]
+        found += [(sympy.floor(element.head / size), heads // size) for size in groups]
+    return [*found, (sympy.Integer(0), 1)]
 
 
 def _group(element: _Element) -> tuple[int, int]:
