@@ -10,7 +10,10 @@ from tests.parity.models import flux_config, prompt, random_router, tiny_model
 from tests.parity.reference import routed_logits
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "static",
+    [pytest.param(False, id="dynamic"), pytest.param(True, id="static", marks=pytest.mark.slow)],
+)
 def test_a_generation_goes_on(static):
     model, twin = tiny_model("llama"), tiny_model("llama")
     fluxcompile.attach(model, random_router(model, seed=0))

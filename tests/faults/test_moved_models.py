@@ -58,7 +58,9 @@ def test_another_dtype(model):
     assert_logits(logits, wanted, GIVEN.valid)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_low_precision_still_routes(model, dtype):
     forward(model, GIVEN, use_cache=False)
     model.to(dtype)

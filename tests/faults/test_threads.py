@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 import fluxcompile
@@ -12,9 +13,9 @@ from tests.parity.decide import decide, margins
 from tests.parity.harness import assert_follows, compiled, definition_of, generate
 from tests.parity.models import flux_config, prompt, random_router, tiny_model
 
-THREADS = 3
+THREADS = 2
 #: of random routers that decide differently for these prompts, and by a wide margin
-SEEDS = (0, 8, 13)
+SEEDS = (0, 8)
 
 
 def together(work, count=THREADS) -> list:
@@ -66,9 +67,10 @@ def test_generations_of_one_model_interleave():
             expect(twin, router, given, got)
 
 
+@pytest.mark.slow
 def test_attaching_while_others_generate():
     """A model that gets and loses routers in one thread does not disturb those of the others."""
-    made = [routed_model(seed) for seed in SEEDS[:2]]
+    made = [routed_model(seed) for seed in SEEDS]
     other, stop = tiny_model("llama"), threading.Event()
     routers = [random_router(other, seed=seed) for seed in (7, 8)]
     prompts = [prompt(2, 50, "left", seed=i) for i in range(2)]
@@ -85,7 +87,7 @@ def test_attaching_while_others_generate():
             fluxcompile.detach(other)
         return []
 
-    *results, _ = together(work)
+    *results, _ = together(work, 3)
     twin = tiny_model("llama")
     for (_, router), given, generations in zip(made, prompts, results, strict=True):
         for got in generations:

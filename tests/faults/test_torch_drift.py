@@ -59,7 +59,7 @@ def test_the_first_compile_says_so(monkeypatch, module, name):
     ("module", "name", "ours"),
     [
         (*AT_IMPORT[0], "fluxcompile.backend"),
-        (*AT_IMPORT[1], "fluxcompile.branch_operands"),
+        pytest.param(*AT_IMPORT[1], "fluxcompile.branch_operands", marks=pytest.mark.slow),
     ],
 )
 def test_so_does_the_import_of_the_backend(module, name, ours):

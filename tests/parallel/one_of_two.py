@@ -1,8 +1,8 @@
 """Serves prompts as one of two processes: started by test_serving.py, by path.
 
 Arguments: rank, port, a directory with the models, and the jobs as JSON: a list of objects with
-``name``, ``kind``, ``parallel`` ("tensor" or "data"), and perhaps ``lowering`` and ``config``. Each
-leaves what it computed in ``NAME-RANK.pt``, or an ``error`` in it.
+``name``, ``kind``, ``parallel`` ("tensor" or "data"), ``calls`` ("forward", "generate"), and
+perhaps ``lowering``. Each leaves what it computed in ``NAME-RANK.pt``, or an ``error`` in it.
 """
 
 import json
@@ -43,10 +43,10 @@ def serve(
     name: str,
     kind: str,
     parallel: str,
+    calls: tuple[str, ...],
     lowering: str = "eager",
-    config: dict | None = None,
 ) -> dict:
-    """Logits and routes of a prompt, and greedy tokens with theirs."""
+    """Logits and routes of a prompt, or greedy tokens with theirs, or both."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -61,19 +61,16 @@ def serve(
     fluxcompile.attach(model, fluxcompile.FluxRouter.from_pretrained(directory / f"{kind}-router"))
     made = compiled(model, lowering=lowering, strict=True)
     given = GIVEN if parallel == "tensor" else row_of(GIVEN, rank)
-    logits = forward(model, given, use_cache=False)
-    routes = fluxcompile.routes(model).fa
-    got = generate(model, given, NEW)
+    result = {}
+    if "forward" in calls:
+        result["logits"] = forward(model, given, use_cache=False)
+        result["routes"] = fluxcompile.routes(model).fa
+    if "generate" in calls:
+        got = generate(model, given, NEW)
+        result |= {"tokens": got.tokens, "token_logits": got.logits}
+        result["generated_routes"] = fluxcompile.routes(model).fa
     heads = {str(row.query_shape) for report in made.reports for row in report.rows}
-    return {
-        "logits": logits,
-        "routes": routes,
-        "tokens": got.tokens,
-        "token_logits": got.logits,
-        "generated_routes": fluxcompile.routes(model).fa,
-        "became": made.became,
-        "heads": heads,
-    }
+    return result | {"became": made.became, "heads": heads}
 
 
 if __name__ == "__main__":
