@@ -22,6 +22,7 @@ from fluxcompile.layer_table import LayerTable
 from fluxcompile.lowering import lower, routes_example
 from fluxcompile.options import CompileOptions
 from fluxcompile.owner_guard import guard_owners
+from fluxcompile.passes.arrange_operands import drop_unused
 from fluxcompile.passes.graph_util import value_of
 from fluxcompile.passes.pipeline import Rewrite, analyse, rewrite
 from fluxcompile.passes.site import Skip, SkipReason
@@ -166,6 +167,8 @@ def _leave_alone(result: Rewrite) -> _Runtime:
             'compile under torch.no_grad() to route, with options={"mode": "train"} to train',
         )
         site.became = "left alone"
+    drop_unused(result.sites)
+    result.gm.recompile()
     return _as_it_is
 
 

@@ -74,6 +74,7 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     clock = _Clock(result.seconds)
     if plan.training is not None:
         result.shares = clock("mix_attention", lambda: mix_attention(result.gm, result.sites, plan))
+        drop_unused(result.sites)
         clock("verify", lambda: verify(result.gm, result.sites))
         clock("verify_mixture", lambda: verify_mixture(result.gm, result.sites, result.shares))
         return result

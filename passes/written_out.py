@@ -7,7 +7,6 @@ groups over KV heads, and an axis may stand anywhere, as long as the indices say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import sympy
@@ -16,11 +15,6 @@ from torch import fx
 from fluxcompile.passes.axes import (
     BATCH,
     FEATURE,
-    GROUP,
-    HEAD,
-    KEY,
-    KV_HEAD,
-    QUERY,
     Bounds,
     settle,
 )
@@ -36,21 +30,11 @@ from fluxcompile.passes.scores import (
     read_scores,
 )
 from fluxcompile.passes.site import AttentionSite, OutputForm, Skip, SkipReason, Source
+from fluxcompile.passes.softmax_element import Element, axis_of, elements_of
 from fluxcompile.passes.views import Index, _step
 
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "clone", "squeeze", "unsqueeze"}
 _ASKS_SIZES = {"size", "dim", "numel"}
-
-
-@dataclass(frozen=True)
-class _Element:
-    """One element of a softmax ``[B, H, Sq, Skv]``, flattened to three axes or grouped to five."""
-
-    index: Index
-    sizes: tuple  #: batch, heads, queries, keys
-    head: sympy.Expr
-    forms: dict[OutputForm, Index]
-    bounds: Bounds
 
 
 @dataclass
@@ -76,7 +60,7 @@ def written_out(softmax: fx.Node) -> AttentionSite | None:
     if weights is None or not is_tensor(softmax.args[0]):
         return None
     problem: AttentionSite | None = None
-    for element in _elements(softmax):
+    for element in elements_of(softmax):
         values = _values(softmax, weights, element)
         if values is None:
             continue
@@ -106,77 +90,8 @@ def _follow(softmax: fx.Node) -> _Weights | None:
     return None
 
 
-def _elements(softmax: fx.Node) -> Iterator[_Element]:
-    """What the axes of the softmax may be."""
-    shape = tuple(value_of(softmax).shape)
-    if len(shape) == 4:
-        yield _element(*shape)
-    elif len(shape) == 5:
-        batch, kv_heads, group, queries, keys = shape
-        if isinstance(kv_heads, int) and isinstance(group, int):
-            yield _grouped(batch, kv_heads, group, queries, keys)
-    else:
-        for heads in _possible_heads(softmax):
-            batch = shape[0] // heads
-            yield _element(batch, heads, *shape[1:], flat=True)
-
-
-def _possible_heads(softmax: fx.Node) -> list[int]:
-    """Sizes of second and third axes of four-dimensional tensors that the scores are made of."""
-    flat = hint(value_of(softmax).shape[0])
-    sizes, level, seen = [], [softmax], {softmax}
-    for _ in range(2 * STEPS):
-        level = [s for n in level for s in n.all_input_nodes if is_tensor(s) and s not in seen]
-        seen.update(level)
-        for node in level:
-            shape = value_of(node).shape
-            sizes += [s for s in shape[1:3] if len(shape) == 4 and isinstance(s, int)]
-        if len(seen) > 200:
-            break
-    return [size for size in dict.fromkeys(sizes) if size > 0 and flat % size == 0]
-
-
-def _element(
-    batch: object, heads: object, queries: object, keys: object, flat: bool = False
-) -> _Element:
-    b, h, i, j = (
-        _axis(symbol, size)
-        for symbol, size in ((BATCH, batch), (HEAD, heads), (QUERY, queries), (KEY, keys))
-    )
-    merged = sympy.expand(b * heads + h) if isinstance(heads, int) else None
-    forms = {OutputForm.BHID: (b, h, i, FEATURE), OutputForm.BIHD: (b, i, h, FEATURE)}
-    if merged is not None:
-        forms[OutputForm.FLAT] = (merged, i, FEATURE)
-    bounds = {HEAD: heads} if isinstance(heads, int) else {}
-    index = (merged, i, j) if flat else (b, h, i, j)
-    return _Element(index, (batch, heads, queries, keys), h, forms, bounds)
-
-
-def _grouped(batch: object, kv_heads: int, group: int, queries: object, keys: object) -> _Element:
-    b, k, g, i, j = (
-        _axis(symbol, size)
-        for symbol, size in (
-            *((BATCH, batch), (KV_HEAD, kv_heads), (GROUP, group), (QUERY, queries), (KEY, keys)),
-        )
-    )
-    head = sympy.expand(k * group + g)
-    forms = {
-        OutputForm.BKGID: (b, k, g, i, FEATURE),
-        OutputForm.BIKGD: (b, i, k, g, FEATURE),
-        OutputForm.BHID: (b, head, i, FEATURE),
-        OutputForm.BIHD: (b, i, head, FEATURE),
-    }
-    bounds = {KV_HEAD: kv_heads, GROUP: group}
-    sizes = (batch, kv_heads * group, queries, keys)
-    return _Element((b, k, g, i, j), sizes, head, forms, bounds)
-
-
-def _axis(symbol: sympy.Symbol, size: object) -> sympy.Expr:
-    return sympy.Integer(0) if isinstance(size, int) and size == 1 else symbol
-
-
 def _values(
-    softmax: fx.Node, weights: _Weights, element: _Element
+    softmax: fx.Node, weights: _Weights, element: Element
 ) -> tuple[OutputForm, Operand] | None:
     """The output's form and the values' operand, if the product reads the softmax's element."""
     rank = value_of(weights.product).dim()
@@ -209,7 +124,7 @@ def _index_at(
 
 
 def _read(
-    softmax: fx.Node, weights: _Weights, element: _Element, form: OutputForm, values: Operand
+    softmax: fx.Node, weights: _Weights, element: Element, form: OutputForm, values: Operand
 ) -> AttentionSite | None:
     output = weights.product
     try:
@@ -250,7 +165,7 @@ def _read(
 
 def _sources(
     scores: Scores,
-    element: _Element,
+    element: Element,
     factored: tuple[Operand, Operand],
     values: Operand,
     head_dim: object,
@@ -260,11 +175,11 @@ def _sources(
     batch, heads, queries, keys = element.sizes
     b, i, j = element.index[0], element.index[-2], element.index[-1]
     if len(element.index) == 3:
-        b = _axis(BATCH, batch)
+        b = axis_of(BATCH, batch)
     feature = (FEATURE, head_dim)
     of_query = [[(b, batch), (element.head, heads), (i, queries), feature]]
     if len(element.index) == 5:
-        groups = list(zip(element.index[1:3], _group(element), strict=True))
+        groups = list(zip(element.index[1:3], element.groups, strict=True))
         of_query.append([(b, batch), *groups, (i, queries), feature])
     width = value_of(output).shape[-1]
     bounds, product = element.bounds, scores.product
@@ -288,20 +203,16 @@ def _sources(
     return query, key, value
 
 
-def _heads_of_keys(element: _Element) -> list[Axis]:
+def _heads_of_keys(element: Element) -> list[Axis]:
     """A head for every query head, or for several; one head for all is broadcast."""
     heads = element.sizes[1]
     found: list[Axis] = [(element.head, heads)]
     if len(element.index) == 5:
-        found.append((element.index[1], _group(element)[0]))
+        found.append((element.index[1], element.groups[0]))
     elif isinstance(heads, int):
         groups = [size for size in range(2, heads) if heads % size == 0]
         found += [(sympy.floor(element.head / size), heads // size) for size in groups]
     return [*found, (sympy.Integer(0), 1)]
-
-
-def _group(element: _Element) -> tuple[int, int]:
-    return element.bounds[KV_HEAD], element.bounds[GROUP]
 
 
 def _unread(product: fx.Node, output: fx.Node, values: Operand, what: str) -> AttentionSite:

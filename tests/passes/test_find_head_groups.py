@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fluxcompile.heads_of_all import mean_over_groups
+from fluxcompile.layer_router import LayerRouter
 from fluxcompile.passes import find_head_groups
-from fluxcompile.passes.plan import Policy
+from fluxcompile.passes.pipeline import rewrite
+from fluxcompile.passes.plan import Policy, RoutingPlan, Training
 from fluxcompile.passes.site import SkipReason
 
 from .graphs import CONFIG, Layer, hidden, record
@@ -56,6 +58,13 @@ def test_a_router_of_single_heads_does_not_route(spread):
     result = recorded.rewrite(Policy.ROUTER, config)
     assert result.sites[0].not_routed.reason is SkipReason.HEADS_ELSEWHERE
     assert result.sites[0].became == "full"
+
+
+def test_training_wants_whole_layers(spread):
+    result = record(Layer().requires_grad_(False), hidden()).analyse()
+    plan = RoutingPlan(CONFIG, {0: Policy.ROUTER}, {0: LayerRouter(8)}, training=Training.SOFT)
+    rewrite(result, plan)
+    assert result.sites[0].skip.reason is SkipReason.HEADS_ELSEWHERE
 
 
 def test_static_routes_read_nothing(spread):
