@@ -21,6 +21,7 @@ from fluxcompile.errors import (
     OptionError,
     RewriteError,
     RouterError,
+    TorchVersionError,
     TrainingError,
 )
 from fluxcompile.inspection import explain, routes
@@ -53,6 +54,7 @@ __all__ = [
     "RouterError",
     "Routes",
     "SoftRoutes",
+    "TorchVersionError",
     "TrainingError",
     "adapt_backbone",
     "attach",

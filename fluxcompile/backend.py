@@ -22,6 +22,7 @@ from fluxcompile.layer_table import LayerTable
 from fluxcompile.lowering import lower, routes_example, without_graphs_of_prompts
 from fluxcompile.options import CompileOptions
 from fluxcompile.owner_guard import guard_owners
+from fluxcompile.passes.arrange_operands import drop_unused
 from fluxcompile.passes.graph_util import value_of
 from fluxcompile.passes.pipeline import Rewrite, analyse, rewrite
 from fluxcompile.passes.site import Skip, SkipReason
@@ -31,6 +32,7 @@ from fluxcompile.report import GraphReport
 from fluxcompile.route_io import route_io
 from fluxcompile.runtime import CompiledGraph
 from fluxcompile.shared_graph import SharedGraph, Sharing
+from fluxcompile.torch_internals import naming_versions
 from fluxcompile.training_graph import (
     TrainingGraph,
     prepare_training,
@@ -68,10 +70,12 @@ def flux(
     Raises:
         OptionError: unknown option or bad value.
         RouterError: the router does not fit or cannot be loaded.
+        TorchVersionError: this PyTorch lacks an internal that is needed.
         RewriteError: with ``strict``, whatever would have fallen back to full attention; with
             ``mode`` "train", an attention that cannot be trained.
     """
-    return compile_graph(gm, example_inputs, CompileOptions.parse(options, mode))
+    with naming_versions():
+        return compile_graph(gm, example_inputs, CompileOptions.parse(options, mode))
 
 
 def compile_graph(
@@ -169,6 +173,8 @@ def _leave_alone(result: Rewrite) -> _Runtime:
             'compile under torch.no_grad() to route, with options={"mode": "train"} to train',
         )
         site.became = "left alone"
+    drop_unused(result.sites)
+    result.gm.recompile()
     return _as_it_is
 
 

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch._inductor.inductor_prims  # registers prims.inductor_force_stride_order
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from fluxcompile.passes.graph_util import hint
+from fluxcompile.torch_internals import internal
+
+CustomGraphPass = internal("torch._inductor.custom_graph_pass", "CustomGraphPass")
+get_hash_for_files = internal("torch._inductor.custom_graph_pass", "get_hash_for_files")
+internal(
+    "torch._inductor.inductor_prims", "make_prim"
+)  # registers prims.inductor_force_stride_order
 
 _Pass = Callable[[fx.Graph], None]
 

@@ -50,6 +50,10 @@ class KernelError(FluxError, RuntimeError):
     """A kernel was called with operands, or on a machine, that it cannot serve."""
 
 
+class TorchVersionError(FluxError, ImportError):
+    """This PyTorch lacks an internal that fluxcompile needs; the message names the versions."""
+
+
 class CacheError(FluxError, ValueError):
     """A :class:`fluxcompile.FluxCache` cannot be made, or cannot do, what was asked."""
 

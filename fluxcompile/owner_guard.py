@@ -34,13 +34,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import Guard, TracingContext
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxcompile.attachment import NOBODY, changes, owner_of
 from fluxcompile.passes.graph_util import hint, value_of
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.recompile_limit import Allowance, allow, allowance_of
+from fluxcompile.torch_internals import internal, naming_versions
+
+Guard = internal("torch._guards", "Guard")
+TracingContext = internal("torch._guards", "TracingContext")
 
 
 @dataclass(frozen=True)
@@ -157,14 +160,16 @@ def _any_weight(values: dict[fx.Node, Any]) -> list[fx.Node]:
 
 def _guard_weight(check: SameOwner, builder: Any, guard: Guard) -> None:
     reason = f"flux: {guard.name} is of another model or layer"
-    _add(builder.get_guard_manager(guard), check, reason, guard)
+    with naming_versions():
+        _add(builder.get_guard_manager(guard), check, reason, guard)
 
 
 def _guard_graph(owners: Owners, allowance: Allowance | None, builder: Any, guard: Guard) -> None:
-    _add(builder.guard_manager.root, owners, "flux: a router was attached or detached", guard)
-    if allowance is not None:
-        owners.allowance = allowance
-        allow(builder, allowance)
+    with naming_versions():
+        _add(builder.guard_manager.root, owners, "flux: a router was attached or detached", guard)
+        if allowance is not None:
+            owners.allowance = allowance
+            allow(builder, allowance)
 
 
 def _add(manager: Any, check: Any, reason: str, guard: Guard) -> None:

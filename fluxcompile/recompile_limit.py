@@ -11,9 +11,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
 
 from fluxcompile.errors import FluxWarning
+from fluxcompile.torch_internals import internal
+
+TracingContext = internal("torch._guards", "TracingContext")
 
 #: no local variable has this name, so Dynamo counts what is marked so against no frame's limit
 _NO_LOCAL = "(flux)"

@@ -5,16 +5,18 @@ and ``model.safetensors`` (weights named ``layers.{i}.{encoder,head}.{j}.{weight
 of `STORAGE_DTYPES`, and of a router that standardises
 ``layers.{i}.{feature_mean,feature_deviation}``, in fp32 always). ``heads`` is there only if the
 router reads each head.
-``config.json`` carries the digest of the weights, so files of two different saves never pass as one
-router.
+``config.json`` carries the digest of the weights, and the weights' header that of the other fields
+of ``config.json``: no changed byte passes, nor do files of two different saves pass as one router.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,9 @@ _KEYS = (
     "weights_sha256",
 )
 _OPTIONAL_KEYS = ("heads",)
+#: metadata in the weights' header: the digest of ``config.json``'s fields
+_CONFIG_DIGEST = "config_sha256"
+_PREVIOUS_WEIGHTS = f".{WEIGHTS_FILE}.previous"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -81,7 +86,6 @@ def save(
         for name, tensor in router.state_dict().items()
     }
     check_finite(state, "router to save")
-    weights = safetensors.torch.save(state, metadata={"format": "pt"})
     fields = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -92,13 +96,16 @@ def save(
         **({} if router.heads is None else {"heads": router.heads}),
         "layer_names": list(router.layer_names),
         "flux": router.config.to_dict(),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    metadata = {"format": "pt", _CONFIG_DIGEST: _digest_of(fields)}
+    weights = _in_order(safetensors.torch.save(state, metadata=metadata))
+    fields["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     files = {WEIGHTS_FILE: weights, CONFIG_FILE: (json.dumps(fields, indent=2) + "\n").encode()}
     if not (directory / CARD_FILE).exists():
         files[CARD_FILE] = card.encode()
-    write_all({directory / name: data for name, data in files.items()})
+    with _kept_until_replaced(directory / WEIGHTS_FILE, directory / _PREVIOUS_WEIGHTS):
+        write_all({directory / name: data for name, data in files.items()})
 
 
 def is_saved_router(directory: Path) -> bool:
@@ -153,6 +160,11 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     fields = _parse(record, config_path)
     data = read_bytes(weights_path)
     digest = hashlib.sha256(data).hexdigest()
+    previous = directory / _PREVIOUS_WEIGHTS
+    if digest != record["weights_sha256"] and previous.is_file():
+        data = read_bytes(previous)  # a save was killed before its config.json was in place
+        if hashlib.sha256(data).hexdigest() == record["weights_sha256"]:
+            digest = record["weights_sha256"]
     if digest != record["weights_sha256"]:
         raise RouterError.mismatch(
             f"sha256 of {weights_path} (damaged, or not saved together with {CONFIG_FILE})",
@@ -170,6 +182,7 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         head_dim, config.pooling.features(head_dim, fields["heads"]), config.standardize
     )
     check_weights(weights, len(fields["layer_names"]), head_dim, str(weights_path), shapes)
+    _check_config_digest(record, data, config_path)
     return fields, {name: tensor.float() for name, tensor in weights.items()}
 
 
@@ -290,6 +303,61 @@ def some(names: Any, limit: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return f"{ordered[:limit]}{more}"
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    """Of everything in ``config.json`` but the weights' digest, whatever its layout."""
+    fields = {key: value for key, value in record.items() if key != "weights_sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _in_order(weights: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes several entries in any order."""
+    start, size = 8, int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[start : start + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    return weights[:start] + written + weights[start + size :]
+
+
+def _check_config_digest(record: Mapping[str, Any], weights: bytes, path: Path) -> None:
+    """A changed number in ``config.json`` may be a valid one: the weights know what it was.
+
+    Files of earlier versions have no such digest and are taken as they are.
+    """
+    size = int.from_bytes(weights[:8], "little")
+    metadata = json.loads(weights[8 : 8 + size]).get("__metadata__") or {}
+    expected = metadata.get(_CONFIG_DIGEST)
+    if expected not in (None, got := _digest_of(record)):
+        raise RouterError.mismatch(
+            f"sha256 of the fields of {path} (changed after it was saved)", expected, got
+        )
+
+
+@contextlib.contextmanager
+def _kept_until_replaced(path: Path, previous: Path) -> Iterator[None]:
+    """Two files cannot be replaced at once: in between, the old weights are at ``previous``.
+
+    An error inside puts them back. If the process is killed, :func:`load` finds them there.
+    """
+    if not path.is_file():
+        yield
+        return
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, previous)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # then it stays where `load` looks for it
+            if path.is_file() and path.samefile(previous):
+                previous.unlink()
+            else:
+                os.replace(previous, path)
+        raise
+    previous.unlink(missing_ok=True)
 
 
 def _stored_in(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
 from fluxcompile.passes.read_ring import RingReader, allow_trimming, may_become_ring
-from fluxcompile.passes.site import AttentionSite, CausalMask, Skip, SkipReason
+from fluxcompile.passes.site import AttentionSite, CausalMask, OutputForm, Skip, SkipReason
 
 
 def branch_attention(
@@ -81,13 +81,28 @@ def _rewrite(
 def replace(site: AttentionSite, result: fx.Node, emitter: Emitter) -> fx.Node:
     """Put ``result`` ``[B, Sq, H, D]`` where the site's output is; returns the new output."""
     with emitter.graph.inserting_before(site.output):
-        replacement = emitter.method("transpose", result, 1, 2)
+        replacement = _in_form(site, result, emitter)
         if any(op_name(user) == "view" for user in site.output.users):
             replacement = emitter.method("contiguous", replacement)  # memory order as traced
     replacement.meta = dict(site.output.meta)
     site.output.replace_all_uses_with(replacement)
     erase_dead(site.output)
     return replacement
+
+
+def _in_form(site: AttentionSite, result: fx.Node, emitter: Emitter) -> fx.Node:
+    """``result`` with its axes as the site's output has them."""
+    form, shape = site.output_form, value_of(site.output).shape
+    if form is OutputForm.BIHD:
+        return emitter.method("contiguous", result)
+    if form is OutputForm.BIKGD:
+        return emitter.method("unflatten", result, 2, tuple(shape[2:4]))
+    heads_first = emitter.method("transpose", result, 1, 2)
+    if form is OutputForm.FLAT:
+        return emitter.method("flatten", heads_first, 0, 1)
+    if form is OutputForm.BKGID:
+        return emitter.method("unflatten", heads_first, 1, tuple(shape[1:3]))
+    return heads_first
 
 
 def redirect(sites: list[AttentionSite], old: fx.Node, new: fx.Node) -> None:
@@ -110,6 +125,8 @@ def _policy(site: AttentionSite, plan: RoutingPlan) -> Policy:
         site.not_routed = Skip(SkipReason.SLIDING_CACHE, f"window {window}" if window else "")
     elif policy is Policy.ROUTER and site.query_tap is None and site.may_start_prompt:
         site.not_routed = site.not_routed or Skip(SkipReason.QUERY_NOT_FOUND)
+    elif policy is Policy.ROUTER and site.head_groups and config.pooling.each_head:
+        site.not_routed = Skip(SkipReason.HEADS_ELSEWHERE, 'heads="each" under tensor parallelism')
     else:
         return policy
     return Policy.FULL

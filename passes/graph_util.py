@@ -15,13 +15,23 @@ _OPERATORS_IN_PLACE = {
 #: operations whose result may be a view of their first operand
 _MAY_ALIAS = {
     *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "broadcast_to"),
-    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "view_as", "unfold"),
+    *(
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "permute",
+        "movedim",
+        "moveaxis",
+        "t",
+        "view_as",
+        "unfold",
+    ),
     *("squeeze", "unsqueeze", "getitem", "select", "narrow", "chunk", "split", "unbind"),
     *("contiguous", "detach", "to", "type", "type_as", "float", "half", "bfloat16", "getattr"),
     *("view_as_real", "view_as_complex", "diagonal", "tensor_split", "bool", "long", "int"),
 }
 #: operations whose result is new memory
-_FRESH = {"matmul", "bmm", "__matmul__", "add", "sub", "mul", "truediv", "div"}
+_FRESH = {"matmul", "bmm", "__matmul__", "einsum", "add", "sub", "mul", "truediv", "div"}
 
 
 def op_name(node: fx.Node) -> str:
@@ -91,6 +101,20 @@ def changes_of(node: fx.Node) -> list[fx.Node]:
                 seen.add(user)
                 aliases.append(user)
     return changes
+
+
+def parted(later: fx.Node, source: fx.Node, reader: fx.Node) -> bool:
+    """True where ``later``, made from ``source``, may stop being a copy of it before ``reader``."""
+    if any(change < reader for change in changes_of(later)):
+        return True
+    return any(later < change < reader for change in changes_of(memory_of(source)))
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The furthest node upstream whose memory ``node`` may share."""
+    while op_name(node) in _MAY_ALIAS and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def erase_dead(node: fx.Node) -> int:

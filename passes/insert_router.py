@@ -13,6 +13,7 @@ import copy
 import torch
 from torch import fx
 
+from fluxcompile.heads_of_all import mean_over_groups
 from fluxcompile.layer_router import LayerRouter, standardized
 from fluxcompile.live_router import tensor_names
 from fluxcompile.passes.emit import Emitter
@@ -137,7 +138,8 @@ class RouteSource:
             tensors = self._tensors(router, device)
             matrices, biases = ([tensors[name] for name in names] for names in _parameters(router))
             picked = emitter.call(pick_tokens, (query, index), like=site.output)
-            if self._pooling.is_one_mean and not router.standardizes:
+            alone = not site.head_groups
+            if self._pooling.is_one_mean and not router.standardizes and alone:
                 route = emitter.call(
                     torch.ops.flux.route_rows.default, (picked, weight, matrices, biases)
                 )
@@ -145,6 +147,9 @@ class RouteSource:
                 features = emitter.call(
                     pool_tokens, (picked, weight, self._pooling), like=site.output
                 )
+                if not alone:
+                    arguments = features, picked, site.head_groups
+                    features = emitter.call(mean_over_groups, arguments, like=site.output)
                 if router.standardizes:
                     scale = [tensors[name] for name in SCALE]
                     features = emitter.call(standardized, (features, *scale), like=site.output)

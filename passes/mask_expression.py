@@ -6,6 +6,7 @@ cannot be followed further. Nothing is run: the answer holds for every size the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
+from fluxcompile.passes.axes import Bounds, settle
 from fluxcompile.passes.graph_util import (
     argument,
     as_expr,
@@ -22,6 +24,7 @@ from fluxcompile.passes.graph_util import (
     same_size,
     value_of,
 )
+from fluxcompile.passes.site import MaskUse
 from fluxcompile.passes.views import Index, _step, broadcast_index
 
 #: an additive mask at or below this counts as minus infinity (float16's most negative value)
@@ -74,6 +77,8 @@ _ARITHMETIC = {
 }
 _CASTS = {"to", "type", "bool", "long", "int", "contiguous", "clone"}
 _FILLS = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
+_CONSTANTS = {*_FILLS, "full", "full_like"}
+_TO_NUMBERS = {"to", "type", "float", "half", "bfloat16", "double", "long", "int", "type_as"}
 #: narrower integers overflow at lengths that occur
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -81,13 +86,23 @@ _INTEGERS = (torch.int64, torch.int32)
 class MaskExpression:
     """Evaluates bool and additive masks of one graph; remembers 0-d tensors as symbols."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds | None = None) -> None:
+        self._bounds = bounds or {}
         self.scalars: dict[sympy.Symbol, fx.Node] = {}
         self.loads: dict[str, fx.Node] = {}
 
-    def allowed(self, mask: fx.Node, index: Index) -> Boolean:
+    def allowed(self, mask: fx.Node, index: Index, use: MaskUse = MaskUse.KEEPS) -> Boolean:
         """Where ``mask`` lets a query see a key: bool masks as they are, additive ones by zero."""
         dtype = value_of(mask).dtype
+        fits = {
+            MaskUse.KEEPS: dtype == torch.bool or dtype.is_floating_point,
+            MaskUse.ADDED: dtype.is_floating_point,
+            MaskUse.BLOCKS: dtype == torch.bool,
+        }
+        if not fits[use]:
+            raise UnreadableMask(f"mask of dtype {dtype} that is {use.value}")
+        if use is MaskUse.BLOCKS:
+            return sympy.Not(self._bool(mask, index))
         if dtype == torch.bool:
             return sympy.sympify(self._bool(mask, index))
         if dtype.is_floating_point:
@@ -109,8 +124,15 @@ class MaskExpression:
                 return sympy.And(self._additive(source, inner), sympy.Not(blocked))
             if value_of(source).dtype.is_floating_point:
                 return self._additive(source, inner)
-        if name in ("zeros", "zeros_like", "new_zeros"):
-            return sympy.true
+        if name in _CONSTANTS:
+            return self._additive_constant(node)
+        if name in ("tril", "triu"):
+            inside = self._triangle(node, index)  # outside of it, zeros: every key is seen
+            return sympy.Or(self._additive(node.args[0], index), sympy.Not(inside))
+        if name == "add" and len(node.args) == 2 and all(map(is_tensor, node.args)):
+            return sympy.And(*(self._additive_operand(operand, index) for operand in node.args))
+        if name == "mul" and (found := self._indicated(node, index)) is not None:
+            return found
         if name == "where" and len(node.args) == 3:
             condition = self._bool_operand(node.args[0], index)
             if _is_zero(node.args[1]):
@@ -121,6 +143,60 @@ class MaskExpression:
                 return sympy.Not(condition)
         raise UnreadableMask(f"additive mask made by '{name}' ({node.name})")
 
+    def _additive_operand(self, operand: fx.Node, index: Index) -> Boolean:
+        value = value_of(operand)
+        if not value.dtype.is_floating_point:
+            raise UnreadableMask(f"'{op_name(operand)}' ({operand.name}) is {value.dtype}")
+        return self._additive(operand, broadcast_index(tuple(value.shape), index))
+
+    def _additive_constant(self, node: fx.Node) -> Boolean:
+        if constant(node) == 0.0:
+            return sympy.true
+        self._require_blocked(node)
+        return sympy.false
+
+    def _indicated(self, node: fx.Node, index: Index) -> Boolean | None:
+        """Of ``x * c``, where x is one or zero: minus infinity where x is one."""
+        operands = list(node.args[:2])
+        if len(operands) == 2 and not is_tensor(operands[0]):
+            operands.reverse()
+        if len(operands) < 2 or not is_tensor(operands[0]) or node.kwargs:
+            return None
+        bias = constant(operands[1])
+        if bias is None or not math.isfinite(bias):  # zero times infinity is no number
+            return None
+        self._require_blocked(bias)
+        shape = tuple(value_of(operands[0]).shape)
+        return sympy.Not(self._indicator(operands[0], broadcast_index(shape, index)))
+
+    def _indicator(self, node: fx.Node, index: Index) -> Boolean:
+        """The condition under which a tensor that is one or zero everywhere is one."""
+        if value_of(node).dtype == torch.bool:
+            return self._bool(node, index)
+        self._require_unchanged(node)
+        if (step := _step(node, index)) is not None:
+            return self._indicator(*step)
+        name = op_name(node)
+        if name in _CONSTANTS and constant(node) in (0.0, 1.0):
+            return sympy.true if constant(node) else sympy.false
+        if name in ("tril", "triu"):
+            return sympy.And(self._indicator(node.args[0], index), self._triangle(node, index))
+        if name in _TO_NUMBERS and is_tensor(node.args[0]):
+            return self._indicator(node.args[0], index)
+        plain = len(node.args) == 2 and not node.kwargs and is_tensor(node.args[1])
+        if name in ("sub", "rsub") and plain and constant(node.args[0]) == 1.0:
+            shape = tuple(value_of(node.args[1]).shape)
+            return sympy.Not(self._indicator(node.args[1], broadcast_index(shape, index)))
+        raise UnreadableMask(f"'{name}' ({node.name}), expected ones and zeros")
+
+    def _triangle(self, node: fx.Node, index: Index) -> Boolean:
+        """The condition under which ``tril`` or ``triu`` keeps what is at ``index``."""
+        diagonal = self._integer_operand(argument(node, 1, "diagonal", 0), ())
+        row, column = index[-2:]
+        if op_name(node) == "tril":
+            return sympy.Le(column, row + diagonal)
+        return sympy.Ge(column, row + diagonal)
+
     @staticmethod
     def _require_unchanged(node: fx.Node) -> None:
         if value_of(node).dim() > 0 and (changes := changes_of(node)):
@@ -128,7 +204,7 @@ class MaskExpression:
 
     @staticmethod
     def _require_blocked(value: Any) -> None:
-        number = _constant(value)
+        number = constant(value)
         if number is None or number > BLOCKED:
             raise UnreadableMask(f"additive mask with the bias {value}, expected minus infinity")
 
@@ -156,13 +232,20 @@ class MaskExpression:
             try:
                 return _COMPARE[name](*(self._integer_operand(x, index) for x in operands))
             except UnreadableMask:
-                return self._load(node, index)
+                return self._compared_to_one(node, index)
+        if name in ("tril", "triu"):
+            return sympy.And(self._bool(operands[0], index), self._triangle(node, index))
         if name in _CASTS and is_tensor(operands[0]) and value_of(operands[0]).dtype == torch.bool:
             return self._bool_operand(operands[0], index)
+        if name in _CASTS and is_tensor(operands[0]):
+            try:
+                return self._indicator(operands[0], index)
+            except UnreadableMask:
+                return self._load(node, index)
         if name in _FILLS:
             return sympy.true if _FILLS[name] else sympy.false
         if name in ("full", "new_full", "full_like"):
-            value = _constant(argument(node, 2 if name == "new_full" else 1, "fill_value"))
+            value = constant(argument(node, 2 if name == "new_full" else 1, "fill_value"))
             if value is None:
                 raise UnreadableMask(f"filled with an unknown value ({node.name})")
             return sympy.true if value else sympy.false
@@ -171,9 +254,28 @@ class MaskExpression:
             return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
         return self._load(node, index)
 
+    def _compared_to_one(self, node: fx.Node, index: Index) -> Boolean:
+        """``x == 0``, ``x != 1`` and so on, of what is one or zero; a read of any other."""
+        name, (tested, number) = op_name(node).strip("_"), node.args
+        if name not in ("eq", "ne") or not is_tensor(tested) or constant(number) not in (0.0, 1.0):
+            return self._load(node, index)
+        shape = tuple(value_of(tested).shape)
+        index_of_tested = broadcast_index(shape, index)
+        try:
+            if constant(number) == 0.0 and value_of(tested).dtype.is_floating_point:
+                is_zero = self._additive(tested, index_of_tested)
+                return is_zero if name == "eq" else sympy.Not(is_zero)
+        except UnreadableMask:
+            pass  # not an additive mask: ones and zeros, then?
+        try:
+            is_one = self._indicator(tested, index_of_tested)
+        except UnreadableMask:
+            return self._load(node, index)
+        return is_one if (name == "eq") == bool(constant(number)) else sympy.Not(is_one)
+
     def _load(self, node: fx.Node, index: Index) -> Load:
         self.loads[node.name] = node
-        return Load(node.name, *index)
+        return Load(node.name, *settle(index, self._bounds))
 
     def _view(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         """One view step, including reads by index tensors (``mask[batch, key]``)."""
@@ -257,15 +359,19 @@ class MaskExpression:
         return symbol
 
 
-def _constant(value: Any) -> float | None:
-    """The number behind an argument: a literal, or a node made by a constant constructor."""
+def constant(value: Any) -> float | None:
+    """The number behind an argument: a literal, or a node that is one number everywhere."""
     if isinstance(value, bool | int | float):
         return float(value)
-    if not isinstance(value, fx.Node):
+    if not isinstance(value, fx.Node) or changes_of(value):
         return None
     name = op_name(value)
-    if name in ("full", "tensor", "scalar_tensor"):
-        inner = argument(value, 1, "fill_value") if name == "full" else value.args[0]
+    if name in ("full", "full_like", "tensor", "scalar_tensor"):
+        inner = (
+            argument(value, 1, "fill_value")
+            if name.startswith("full")
+            else argument(value, 0, "data")
+        )
         return float(inner) if isinstance(inner, bool | int | float) else None
     if name in _FILLS:
         return float(_FILLS[name])
@@ -273,4 +379,4 @@ def _constant(value: Any) -> float | None:
 
 
 def _is_zero(value: Any) -> bool:
-    return _constant(value) == 0.0
+    return constant(value) == 0.0

@@ -50,6 +50,8 @@ def mix_attention(gm: fx.GraphModule, sites: list[AttentionSite], plan: RoutingP
             site.skip = Skip(SkipReason.CACHE_IN_TRAINING, f"{site.cache.value} cache")
         if site.skip is None and mixer.policy(site) is Policy.ROUTER and site.query_tap is None:
             site.skip = site.not_routed or Skip(SkipReason.QUERY_NOT_FOUND)
+        if site.skip is None and mixer.policy(site) is Policy.ROUTER and site.head_groups:
+            site.skip = Skip(SkipReason.HEADS_ELSEWHERE, "training wants whole layers")
         if site.skip is not None:
             site.became = "left alone"
             continue

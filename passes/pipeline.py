@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx
 
+from fluxcompile.passes.arrange_operands import arrange_operands, drop_unused
 from fluxcompile.passes.assign_layers import LayerOf, assign_layers
 from fluxcompile.passes.branch_attention import branch_attention
 from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.find_cache import find_caches
+from fluxcompile.passes.find_head_groups import find_head_groups
 from fluxcompile.passes.find_query import find_queries
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.insert_shares import ShareSource
@@ -46,13 +48,18 @@ def analyse(
     layer_of: LayerOf | None = None,
     layer_names: Sequence[str] = (),
 ) -> Rewrite:
-    """Find the attentions and all that is known of them. Changes nothing."""
+    """Find the attentions and all that is known of them.
+
+    Changes nothing, but for views of queries, keys and values whose axes stand in another order.
+    """
     result = Rewrite(gm, [], None)
     clock = _Clock(result.seconds)
     result.sites = sites = clock("find_attention", lambda: find_attention(gm))
     if sites:
+        clock("arrange_operands", lambda: arrange_operands(gm, sites))
         clock("recover_mask", lambda: recover_masks(sites))
         clock("recover_kv", lambda: recover_kv(sites))
+        clock("find_head_groups", lambda: find_head_groups(gm, sites, example_inputs))
         clock("find_query", lambda: find_queries(gm, sites, example_inputs))
         clock("find_cache", lambda: find_caches(sites))
         clock(
@@ -67,6 +74,7 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     clock = _Clock(result.seconds)
     if plan.training is not None:
         result.shares = clock("mix_attention", lambda: mix_attention(result.gm, result.sites, plan))
+        drop_unused(result.sites)
         clock("verify", lambda: verify(result.gm, result.sites))
         clock("verify_mixture", lambda: verify_mixture(result.gm, result.sites, result.shares))
         return result
@@ -74,6 +82,7 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     result.routes = clock(
         "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)
     )
+    drop_unused(result.sites)
     clock("verify", lambda: verify(result.gm, result.sites))
     return result
 

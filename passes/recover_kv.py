@@ -9,7 +9,7 @@ from __future__ import annotations
 import sympy
 from torch import fx
 
-from fluxcompile.passes.graph_util import changes_of, hint, same_size, value_of
+from fluxcompile.passes.graph_util import hint, parted, same_size, value_of
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.passes.views import broadcast_index, index_symbols, upstream
 
@@ -34,7 +34,7 @@ def _unexpanded(node: fx.Node, reader: fx.Node) -> fx.Node:
     shape = value_of(node).shape
     best = later = node
     for source, index in upstream(node, broadcast_index(shape, (batch, head, token, feature))):
-        if source is not node and _changed(later, source, reader):
+        if source is not node and parted(later, source, reader):
             break
         later = source
         sizes = value_of(source).shape
@@ -47,10 +47,3 @@ def _unexpanded(node: fx.Node, reader: fx.Node) -> fx.Node:
         if broadcast_index(sizes, index) == broadcast_index(sizes, grouped):
             best = source
     return best
-
-
-def _changed(later: fx.Node, source: fx.Node, reader: fx.Node) -> bool:
-    """True where ``later``, made from ``source``, stops being a copy of it before ``reader``."""
-    if any(change < reader for change in changes_of(later)):
-        return True
-    return any(later < change < reader for change in changes_of(source))

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from fluxcompile.passes.axes import BATCH, HEADS, KEY, QUERY
 from fluxcompile.passes.graph_util import (
     as_expr,
     changes_of,
@@ -24,8 +25,15 @@ from fluxcompile.passes.mask_expression import (
     UnreadableMask,
 )
 from fluxcompile.passes.own_keys import NoCausalTerm, not_causal, reads_own_key
-from fluxcompile.passes.site import AttentionSite, CausalMask, GivenMask, Mask, Skip, SkipReason
-from fluxcompile.passes.views import index_symbols
+from fluxcompile.passes.site import (
+    AttentionSite,
+    CausalMask,
+    GivenMask,
+    Mask,
+    MaskUse,
+    Skip,
+    SkipReason,
+)
 
 
 def recover_masks(sites: list[AttentionSite]) -> int:
@@ -38,7 +46,8 @@ def recover_masks(sites: list[AttentionSite]) -> int:
         if site.skip is not None:
             continue
         lengths = as_expr(site.q_shape[2]), as_expr(site.k_shape[2])
-        key = (site.attn_mask, site.is_causal, *lengths, reads_own_key(site))
+        sizes = as_expr(site.q_shape[0]), *lengths
+        key = (site.attn_mask, site.mask_terms, site.is_causal, *sizes, reads_own_key(site))
         if key not in known:
             known[key] = _recover(site)
         found = known[key]
@@ -61,48 +70,44 @@ def _recover(site: AttentionSite) -> Mask | Skip:
         return Skip(SkipReason.MASK_UNREADABLE, f"mask is {site.attn_mask}")
     if site.is_causal:
         return Skip(SkipReason.MASK_UNREADABLE, "a mask and is_causal together")
-    shape = tuple(value_of(site.attn_mask).shape)
-    if len(shape) != 4 or shape[1] != 1:
-        return Skip(SkipReason.MASK_UNREADABLE, f"shape {list(shape)}, expected [B, 1, Sq, Skv]")
     try:
-        return _read(site.attn_mask, shape, query_length, key_length, reads_own_key(site))
+        return _read(site, query_length, key_length)
     except NoCausalTerm:
         return not_causal(site)
     except UnreadableMask as problem:
         return Skip(SkipReason.MASK_UNREADABLE, str(problem))
 
 
-def _read(
-    mask: fx.Node, shape: tuple, query_length: object, key_length: object, own_key: bool
-) -> Mask:
-    if not same_size(shape[3], key_length):
-        raise UnreadableMask(f"{shape[3]} keys in the mask, {key_length} in the attention")
-    if not same_size(shape[2], query_length):
-        raise UnreadableMask(f"{shape[2]} queries in the mask, {query_length} in the attention")
-    batch, head, i, j = index_symbols(4)
-    if query_length == 1:
-        i = sympy.Integer(0)
-    if same_size(key_length, 1):
-        j = sympy.Integer(0)
-    if shape[0] == 1:
-        batch = sympy.Integer(0)
-    evaluator = MaskExpression()
-    expression = evaluator.allowed(mask, (batch, head, i, j))
-    if expression.has(head) and not expression.atoms(Load):
-        raise UnreadableMask("differs between heads")
+def _read(site: AttentionSite, query_length: object, key_length: object) -> Mask:
+    evaluator = MaskExpression({s: size for term in site.mask_terms for s, size in term.bounds})
+    seen = [evaluator.allowed(term.node, term.index, term.use) for term in site.mask_terms]
+    expression = sympy.And(*seen)
     terms = tuple(sympy.And.make_args(expression))
     if any(isinstance(term, Load) and len(term.index) == 4 for term in terms):
-        return _given(mask, terms, evaluator)
-    return _classify(mask, terms, evaluator, (batch, i, j), (query_length, key_length), own_key)
+        return _given(site, terms, evaluator)
+    if expression.free_symbols & HEADS:
+        raise UnreadableMask("differs between heads")
+    batch, i, j = (
+        sympy.Integer(0) if same_size(size, 1) else axis
+        for axis, size in ((BATCH, site.q_shape[0]), (QUERY, query_length), (KEY, key_length))
+    )
+    axes, lengths = (batch, i, j), (query_length, key_length)
+    return _classify(site.attn_mask, terms, evaluator, axes, lengths, reads_own_key(site))
 
 
-def _given(mask: fx.Node, terms: tuple, evaluator: MaskExpression) -> GivenMask:
+def _given(site: AttentionSite, terms: tuple, evaluator: MaskExpression) -> GivenMask:
     """A mask that is itself one four-dimensional input: its structure shows only at run time."""
-    if len(terms) != 1 or value_of(mask).dtype != torch.bool:
+    mask, use = site.attn_mask, site.mask_terms[0].use
+    if len(terms) != 1 or value_of(mask).dtype != torch.bool or use is not MaskUse.KEEPS:
         raise UnreadableMask(f"a given mask combined with other terms: {list(map(str, terms))}")
     source = evaluator.loads[terms[0].name]
     if source.op != "placeholder":
         raise UnreadableMask(f"made by {source.target} ({source.name})")
+    shape = tuple(value_of(mask).shape)
+    full = len(shape) == 4 and shape[1] == 1
+    lengths = site.q_shape[2], site.k_shape[2]
+    if not full or not all(map(same_size, shape[2:], lengths)):
+        raise UnreadableMask(f"a given mask of shape {list(shape)}, expected [B, 1, Sq, Skv]")
     return GivenMask(mask)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from fluxcompile.kernels.ring.layout import RingPattern
 from fluxcompile.kernels.validation import MAX_DECODE_QUERIES
-from fluxcompile.passes.graph_util import as_expr
+from fluxcompile.passes.graph_util import as_expr, value_of
 
 
 class SkipReason(enum.Enum):
@@ -29,6 +29,7 @@ class SkipReason(enum.Enum):
     CACHE_UNKNOWN = "the key/value cache is of an unknown kind"
     CACHE_IN_TRAINING = "training wants whole prompts without a cache (use_cache=False)"
     SLIDING_CACHE = "the sliding-window cache has dropped the sink tokens"
+    HEADS_ELSEWHERE = "other processes hold some of the heads that the router reads"
     NO_ROUTER = "no router is attached and no static routes are given"
     NO_ROUTER_FOR_LAYER = "the router has no entry for this layer"
     WINDOW_WITHIN_LOCAL = "the layer's own window is no wider than the local window"
@@ -83,6 +84,37 @@ class CausalMask:
         return " + ".join(parts)
 
 
+class MaskUse(enum.Enum):
+    """What a mask does to the scores."""
+
+    KEEPS = "keeps"  #: as SDPA takes it: bool, True to see; or added
+    ADDED = "added"
+    BLOCKS = "blocks"  #: bool, True to not see
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One mask of several that all hold, and the index it is read at for an element of the scores.
+
+    The index is one of ``passes/axes.py``.
+    """
+
+    node: fx.Node
+    index: tuple[sympy.Expr, ...]
+    use: MaskUse
+    bounds: tuple[tuple[sympy.Symbol, int], ...] = ()  #: sizes of the axes, where they are known
+
+
+class OutputForm(enum.Enum):
+    """Axes of an attention's output: b batch, h heads (k groups of g), i queries, d features."""
+
+    BHID = "bhid"
+    BIHD = "bihd"
+    FLAT = "(bh)id"
+    BKGID = "bkgid"
+    BIKGD = "bikgd"
+
+
 @dataclass(frozen=True)
 class GivenMask:
     """A ready-made bool mask ``[B or 1, 1, Sq, Skv]`` whose structure is checked at run time."""
@@ -126,13 +158,39 @@ class RingKV:
         return as_expr(self.keys.meta["example_value"].shape[2])
 
 
+@dataclass(frozen=True)
+class Source:
+    """A tensor that holds a query, a key or a value: ``node.permute(order)`` times ``scale``.
+
+    ``order`` is that of ``[B, heads, tokens, head_dim]``; of five axes, that of
+    ``[B, KV heads, group, tokens, head_dim]``, whose heads are to be merged.
+    """
+
+    node: fx.Node
+    order: tuple[int, ...]
+    scale: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        return self.order == (0, 1, 2, 3)
+
+    @property
+    def shape(self) -> tuple:
+        """Of ``[B, heads, tokens, head_dim]``."""
+        sizes = [value_of(self.node).shape[axis] for axis in self.order]
+        if len(sizes) == 5:
+            sizes[1:3] = [sizes[1] * sizes[2]]
+        return tuple(sizes)
+
+
 @dataclass
 class AttentionSite:
     """One attention of the graph, and everything the later stages need to rewrite it.
 
-    ``output`` is the node whose value is ``[B, H, Sq, D]``; ``q`` is ``[B, H, Sq, D]``; ``k`` and
-    ``v`` are ``[B, HK, Skv, D]``, before they are expanded to all query heads once
-    ``recover_kv`` has run.
+    ``output`` is the node whose value is ``[B, H, Sq, D]``, or has those axes as ``output_form``
+    says; ``q`` is ``[B, H, Sq, D]``; ``k`` and ``v`` are ``[B, HK, Skv, D]``, before they are
+    expanded to all query heads once ``recover_kv`` has run. Until ``arrange_operands`` has run,
+    those in ``sources`` may be other tensors, which hold them.
     """
 
     index: int
@@ -145,6 +203,11 @@ class AttentionSite:
     is_causal: bool
     scale: float
     softcap: float = 0.0
+    #: the masks that make up ``attn_mask``, which is the last of them in the graph
+    mask_terms: tuple[MaskTerm, ...] = ()
+    output_form: OutputForm = OutputForm.BHID
+    #: role (q, k, v): the tensor that holds it, with its axes in another order
+    sources: dict[str, Source] = field(default_factory=dict)
     #: query before rotary embedding, after q_norm, and the permutation that makes it [B, H, S, D]
     query_tap: fx.Node | None = None
     tap_axes: tuple[int, ...] = (0, 1, 2, 3)
@@ -170,6 +233,8 @@ class AttentionSite:
     ring: RingKV | None = None
     #: int64 [Sq], the cache slots that this call writes (static caches)
     write_positions: fx.Node | None = None
+    #: names of the process groups that the layer's heads are spread over
+    head_groups: tuple[str, ...] = ()
     #: graph input: the weight nearest to the query, which tells the layer
     weight: fx.Node | None = None
     #: the router's layer, or the site's own order for static routes

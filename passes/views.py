@@ -16,7 +16,12 @@ from fluxcompile.passes.graph_util import argument, as_expr, hint, is_tensor, op
 
 Index = tuple[sympy.Expr, ...]
 
-_SAME_SHAPE = {"contiguous", "clone", "detach"}
+#: the casts among them are followed where they change no dtype
+_SAME_SHAPE = {
+    *("contiguous", "clone", "detach", "to", "type", "type_as", "float", "half", "bfloat16"),
+}
+#: what ``permutation`` can read
+MOVES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"}
 
 
 def index_symbols(rank: int) -> Index:
@@ -53,7 +58,7 @@ def _step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     name = op_name(node)
     if name in _SAME_SHAPE:
         return source, index
-    if name in ("transpose", "swapaxes", "permute"):
+    if name in MOVES or is_matrix_transpose(node):
         axes = permutation(node)
         if axes is None:
             return None
@@ -66,6 +71,12 @@ def _step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if name == "unsqueeze":
         axis = int(argument(node, 1, "dim")) % (len(shape) + 1)
         return source, index[:axis] + index[axis + 1 :]
+    if name == "squeeze":
+        axis = argument(node, 1, "dim")
+        if not isinstance(axis, int) or as_expr(shape[axis]) != 1:
+            return None
+        axis %= len(shape)
+        return source, (*index[:axis], sympy.Integer(0), *index[axis:])
     if name in ("view", "reshape", "flatten", "unflatten"):
         moved_index = _through_reshape(shape, tuple(value_of(node).shape), index)
         return None if moved_index is None else (source, moved_index)
@@ -82,9 +93,18 @@ def _step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     return None
 
 
+def is_matrix_transpose(node: fx.Node) -> bool:
+    """True for ``x.mT``."""
+    return op_name(node) == "getattr" and node.args[1:] == ("mT",)
+
+
 def permutation(node: fx.Node) -> tuple[int, ...] | None:
     """Axes of a transpose or permute: output axis ``o`` is input axis ``axes[o]``."""
     rank = value_of(node).dim()
+    if is_matrix_transpose(node):
+        return (*range(rank - 2), rank - 1, rank - 2)
+    if op_name(node) in ("movedim", "moveaxis"):
+        return _moved(rank, argument(node, 1, "source"), argument(node, 2, "destination"))
     if op_name(node) == "permute":
         dims = node.args[1] if len(node.args) == 2 else node.args[1:]
         if isinstance(dims, int):
@@ -95,6 +115,15 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
         return None
     axes = list(range(rank))
     axes[first % rank], axes[second % rank] = axes[second % rank], axes[first % rank]
+    return tuple(axes)
+
+
+def _moved(rank: int, source: object, destination: object) -> tuple[int, ...] | None:
+    """Axes of a ``movedim`` of one axis."""
+    if not isinstance(source, int) or not isinstance(destination, int):
+        return None
+    axes = [axis for axis in range(rank) if axis != source % rank]
+    axes.insert(destination % rank, source % rank)
     return tuple(axes)
 
 
@@ -173,7 +202,7 @@ def _split(linear: sympy.Expr, sizes: tuple, positions: Index) -> list[sympy.Exp
     for axis in range(len(sizes)):
         inner = sympy.Mul(*(as_expr(size) for size in sizes[axis + 1 :]))
         part = sympy.floor(linear / inner)
-        if axis:
+        if any(as_expr(size) != 1 for size in sizes[:axis]):
             part = sympy.Mod(part, as_expr(sizes[axis]))
         parts.append(sympy.Integer(0) if as_expr(sizes[axis]) == 1 else part)
     return parts

@@ -13,6 +13,8 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the full matrix too")
+    parser.addoption("--fuzz-minutes", type=float, default=0, help="minutes for each fuzzer")
+    parser.addoption("--fuzz-seed", type=int, help="where the fuzzers start")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

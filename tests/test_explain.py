@@ -170,12 +170,12 @@ class TestTable:
     def test_a_detail_with_brackets(self):
         """Shapes in a reason are no markup."""
 
-        def attend(q, k, v):
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        def attend(q, k, v, mask):
             return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        text = " ".join(str(fluxcompile.explain(Layer(attend), hidden())).split())
-        assert "[10," in text
+        mask = torch.ones(1, 4, 10, 10, dtype=torch.bool)
+        text = " ".join(str(fluxcompile.explain(Layer(attend), hidden(), mask)).split())
+        assert "[1," in text
         assert "[B," in text
 
     def test_through_rich(self, model, ids):

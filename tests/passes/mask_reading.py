@@ -72,14 +72,15 @@ def check_expression(recorded, site):
     offset = keys - queries if mask.offset is None else int(mask.offset.subs(symbols))
     i, j = places(queries, keys, offset)
     expected = (j <= i) & ((j > i - mask.window) if mask.window else True)
-    expected = expected.expand(batch, 1, queries, keys)
+    heads = values.seen[site.attn_mask].shape[1] if values.seen[site.attn_mask].dim() == 4 else 1
+    expected = expected.expand(batch, heads, queries, keys)
     if mask.valid is not None:
         first = int(mask.valid_offset.subs(symbols))
         valid = values.seen[mask.valid][:, first : first + keys]
         expected = expected & valid[:, None, None, :]
     actual = values.seen[site.attn_mask]
     actual = actual if actual.dtype == torch.bool else actual == 0
-    assert torch.equal(actual.expand(batch, 1, queries, keys), expected)
+    assert torch.equal(actual.expand(batch, heads, queries, keys), expected)
 
 
 def padding(batch=B, keys=S):

@@ -455,7 +455,15 @@ class TestEmit:
 def test_seconds_of_every_pass():
     result = hf.prefill().rewrite()
     assert list(result.seconds) == [
-        *("find_attention", "recover_mask", "recover_kv", "find_query", "find_cache"),
-        *("assign_layers", "start_cache", "branch_attention", "verify"),
+        *("find_attention", "arrange_operands", "recover_mask", "recover_kv"),
+        *(
+            "find_head_groups",
+            "find_query",
+            "find_cache",
+            "assign_layers",
+            "start_cache",
+            "branch_attention",
+            "verify",
+        ),
     ]
     assert sum(result.seconds.values()) < 5.0

@@ -126,6 +126,25 @@ WRITTEN_OUT = {
         lambda q, k, v: softmax(scores(q, k).float() * 0.3 + causal(q)).type_as(v) @ v, 0.3, 0.0
     ),
     "in-place": (lambda q, k, v: in_place(q, k, v), 0.3, 0.0),
+    "filled": (
+        lambda q, k, v: softmax((scores(q, k) * 0.3).masked_fill(causal(q) != 0, -1e9)) @ v,
+        0.3,
+        0.0,
+    ),
+    "filled-then-scaled": (
+        lambda q, k, v: softmax(scores(q, k).masked_fill(causal(q) != 0, -INF) * 0.3) @ v,
+        0.3,
+        0.0,
+    ),
+    "selected": (
+        lambda q, k, v: softmax(torch.where(causal(q) == 0, scores(q, k), -INF)) @ v, 1.0, 0.0
+    ),
+    "scaled-operands": (
+        lambda q, k, v: softmax((q * 0.5) @ (k / 2.0).mT + causal(q)) @ v, 0.25, 0.0
+    ),
+    "constant-tensor": (
+        lambda q, k, v: softmax(scores(q, k) / torch.tensor(4.0) + causal(q)) @ v, 0.25, 0.0
+    ),
     "idle-dropout": (
         lambda q, k, v: functional.dropout(
             softmax(scores(q, k) * 0.3 + causal(q)), p=0.5, training=False
@@ -213,12 +232,25 @@ def two_added(q, k, v):
     return softmax(scores(q, k) + causal(q) + torch.linspace(0, 1, q.shape[2])) @ v
 
 
-def masked_filled(q, k, v):
-    return softmax(scores(q, k).masked_fill(causal(q) != 0, -INF)) @ v
+def filled_with_little(q, k, v):
+    return softmax(scores(q, k).masked_fill(causal(q) != 0, -1e4)) @ v
 
 
-def masked_where(q, k, v):
-    return softmax(torch.where(causal(q) == 0, scores(q, k), -INF)) @ v
+def filled_before_scaling(q, k, v):
+    """A finite bias is not what it was after a scale."""
+    return softmax(scores(q, k).masked_fill(causal(q) != 0, -1e5) * 0.01) @ v
+
+
+def filled_before_softcap(q, k, v):
+    return softmax(torch.tanh(scores(q, k).masked_fill(causal(q) != 0, -INF) / 3.0) * 3.0) @ v
+
+
+def a_bool_added(q, k, v):
+    return softmax(scores(q, k) + (causal(q) == 0)) @ v
+
+
+def scaled_down_below_zero(q, k, v):
+    return softmax(scores(q, k) * -0.3 + causal(q)) @ v
 
 
 LEFT_ALONE = {
@@ -232,9 +264,12 @@ LEFT_ALONE = {
     softcap_of_two: SkipReason.SCORES_UNREADABLE,
     softcap_over_mask: SkipReason.SCORES_UNREADABLE,
     scaled_by_a_tensor: SkipReason.SCORES_UNREADABLE,
-    two_added: SkipReason.SCORES_UNREADABLE,
-    masked_filled: SkipReason.SCORES_UNREADABLE,
-    masked_where: SkipReason.SCORES_UNREADABLE,
+    two_added: SkipReason.MASK_UNREADABLE,
+    filled_with_little: SkipReason.SCORES_UNREADABLE,
+    filled_before_scaling: SkipReason.SCORES_UNREADABLE,
+    filled_before_softcap: SkipReason.SCORES_UNREADABLE,
+    a_bool_added: SkipReason.MASK_UNREADABLE,
+    scaled_down_below_zero: SkipReason.SCALE_UNREADABLE,
 }
 
 

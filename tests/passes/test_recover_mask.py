@@ -78,6 +78,17 @@ CAUSAL = {
         q, k, v, (places(S, S)[1].int() <= places(S, S)[0].to(torch.int32))[None, None]
     ),
     "sliced": lambda q, k, v: sdpa(q, k, v, causal(q, k)[:, :, :, :S]),
+    "two-axes": lambda q, k, v: sdpa(q, k, v, causal(q, k)[0, 0]),
+    "every-head": lambda q, k, v: sdpa(q, k, v, causal(q, k).expand(B, 4, -1, -1)),
+    "tril": lambda q, k, v: sdpa(q, k, v, torch.ones(S, S, dtype=torch.bool).tril()),
+    "tril-compared": lambda q, k, v: sdpa(q, k, v, torch.tril(torch.ones(S, S)) != 0),
+    "triu-compared": lambda q, k, v: sdpa(q, k, v, torch.ones(S, S).triu(diagonal=1) == 0),
+    "triu-cast": lambda q, k, v: sdpa(q, k, v, ~torch.ones(S, S).triu(1).bool()),
+    "triu-additive": lambda q, k, v: sdpa(q, k, v, torch.full((S, S), float("-inf")).triu(1)),
+    "inverted": lambda q, k, v: sdpa(q, k, v, (1.0 - causal(q, k).float()) * LOWEST),
+    "sum-of-two": lambda q, k, v: sdpa(
+        q, k, v, torch.where(causal(q, k), 0.0, LOWEST) + torch.zeros(S)
+    ),
 }
 
 
@@ -336,10 +347,10 @@ class TestGiven:
     @pytest.mark.parametrize(
         ("mask", "detail"),
         [
-            (torch.ones(B, 1, 1, S, dtype=torch.bool), "queries"),
+            (torch.ones(B, 1, 1, S, dtype=torch.bool), "expected [B, 1, Sq, Skv]"),
             (torch.ones(B, 4, S, S, dtype=torch.bool), "shape"),
             (torch.zeros(B, 1, S, S), "additive"),
-            (torch.ones(S, S, dtype=torch.bool), "shape"),
+            (torch.ones(S, S, dtype=torch.bool), "expected [batch, key + c]"),
         ],
         ids=["one-query", "per-head", "additive", "two-axes"],
     )

@@ -97,11 +97,13 @@ UNREADABLE = {
         q, k, v, (2 * places(S, S)[1] <= 2 * places(S, S)[0] - places(S, S)[1])[None, None]
     ),
     "anti-causal": lambda q, k, v: sdpa(q, k, v, (places(S, S)[1] >= places(S, S)[0])[None, None]),
-    "tril": lambda q, k, v: sdpa(q, k, v, torch.ones(S, S, dtype=torch.bool).tril()[None, None]),
-    "triu-additive": lambda q, k, v: sdpa(
-        q, k, v, torch.full((S, S), float("-inf")).triu(1)[None, None]
+    "triu": lambda q, k, v: sdpa(q, k, v, torch.ones(S, S, dtype=torch.bool).triu()[None, None]),
+    "tril-of-fives": lambda q, k, v: sdpa(
+        q, k, v, torch.full((S, S), -5.0).triu(1)[None, None]
     ),
-    "two-axes": lambda q, k, v: sdpa(q, k, v, causal(q, k)[0, 0]),
+    "tril-of-numbers": lambda q, k, v: sdpa(
+        q, k, v, (torch.full((S, S), 2.0).tril() == 1)[None, None] | causal(q, k)
+    ),
     "alibi": lambda q, k, v: sdpa(
         q,
         k,
@@ -117,9 +119,11 @@ UNREADABLE = {
     ),
     "small-bias": lambda q, k, v: sdpa(q, k, v, torch.where(causal(q, k), 0.0, -5.0)),
     "bias-inside": lambda q, k, v: sdpa(q, k, v, torch.where(causal(q, k), 1.0, LOWEST)),
-    "inverted": lambda q, k, v: sdpa(q, k, v, (1.0 - causal(q, k).float()) * LOWEST),
-    "sum-of-two": lambda q, k, v: sdpa(
-        q, k, v, torch.where(causal(q, k), 0.0, LOWEST) + torch.zeros(S)
+    "inverted-numbers": lambda q, k, v: sdpa(
+        q, k, v, (2.0 - causal(q, k).float()) * LOWEST
+    ),
+    "sum-with-a-bias": lambda q, k, v: sdpa(
+        q, k, v, torch.where(causal(q, k), 0.0, LOWEST) + torch.ones(S)
     ),
     "eight-bit-positions": lambda q, k, v: sdpa(
         q, k, v, (places(S, S)[1].to(torch.int8) <= places(S, S)[0].to(torch.int8))[None, None]
