@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.decode.bounds import decode_bounds
+from fluxcompile.kernels.xattention import cpu as xattention_cpu
 from tests.kernels import cases, sparse_cases
 
 DTYPES = st.sampled_from([torch.float32] * 3 + [torch.bfloat16, torch.float16])
@@ -60,6 +61,15 @@ def check_sparse(case: sparse_cases.SparseCase, dtype: torch.dtype) -> str:
     return case.mode
 
 
+def check_chosen_blocks(case: sparse_cases.SparseCase) -> str:
+    """In fp32 only: elsewhere rounding decides which of two blocks of one mass is taken."""
+    x = sparse_cases.sharpened(sparse_cases.prefill(case, torch.float32))
+    options = {name: value for name, value in x.options.items() if name != "softcap"}
+    found = xattention_cpu.block_mask(x.q, x.k, x.bounds, x.q_start, x.route, **options)
+    assert torch.equal(found, sparse_cases.chosen_by_definition(x))
+    return "some left out" if not found.all() else "all taken"
+
+
 def check_decode(case: cases.Case, queries: int, dtype: torch.dtype) -> str:
     """The end of a prefill, in steps of a few tokens."""
     case = cases.at(case, queries=min(queries, case.queries))
@@ -83,6 +93,12 @@ def test_prefill(campaign):
 @pytest.mark.parametrize("mode", ["block_sparse", "power", "triangle"])
 def test_sparse_modes(campaign, mode):
     campaign.run(check_sparse, examples=60, case=prefills(mode), dtype=DTYPES)
+
+
+def test_xattention_blocks(campaign):
+    without_holes = prefills("xattention").filter(lambda case: case.padding != "holes")
+    campaign.run(check_chosen_blocks, examples=40, case=without_holes)
+    assert campaign.seen["some left out"]
 
 
 def test_decode(campaign):
