@@ -22,6 +22,8 @@ class Attend:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> object:
         w = self.w
+        if w.quirk == "query-changed":
+            q = q + 0.0  # a tensor of its own: the operands are used again
         if w.product == "sdpa":
             return self._leave(self._sdpa(*self._heads_first(q, k, v), valid), False)
         grouped = w.repeat == "groups" and w.group > 1
@@ -37,6 +39,8 @@ class Attend:
         if w.scaling in ("k", "both"):
             k = k * (w.scale if w.scaling == "k" else w.scale**0.5)
         scores = self._product(q, k, grouped, tokens_first)
+        if w.quirk == "query-changed":
+            q.add_(1.0)  # after its use: whoever reads it later reads something else
         weights = self._softmax(self._scores(scores, valid)).to(v.dtype)
         return self._weigh(weights, v, grouped, tokens_first)
 

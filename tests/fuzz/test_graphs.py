@@ -6,7 +6,7 @@ import torch
 from fluxcompile.passes.plan import Policy
 from tests.fuzz.attend import Attend
 from tests.fuzz.definition import attention, visible
-from tests.fuzz.writings import QUIRKS, Writing, writings
+from tests.fuzz.writings import CHANGES, QUIRKS, Writing, writings
 from tests.passes.graphs import CONFIG, record
 
 REACH = CONFIG.sink, CONFIG.local
@@ -56,7 +56,7 @@ def check(writing: Writing) -> str:
             torch._dynamo.maybe_mark_dynamic(x, (0, 1))
     recorded = record(Attend(writing), *inputs, dynamic=None)
     full, some = expected(writing, inputs, sparse=False)
-    known = writing.quirk in ("", "weights-returned", "softmax-by-hand")
+    known = writing.quirk in ("", "weights-returned", "softmax-by-hand", *CHANGES)
     if known:
         assert_close(recorded.run()[0], full, some, writing.dtype)
     else:
@@ -80,6 +80,11 @@ def check(writing: Writing) -> str:
 def test_graphs(campaign):
     campaign.run(check, examples=40, writing=writings())
     assert campaign.share("rewritten") >= 0.9, str(campaign)
+
+
+def test_changes_in_place(campaign):
+    changed = writings().map(lambda w: Writing(**(w.__dict__ | {"quirk": "query-changed"})))
+    campaign.run(check, examples=6, writing=changed)
 
 
 @pytest.mark.parametrize("quirk", QUIRKS)
