@@ -29,7 +29,7 @@ lint:
 	$(BIN)/ruff format --check .
 
 check:
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 install-demo: $(VENV)/.demo
 

@@ -46,7 +46,13 @@ def _routed(letters: str, regional: bool, **fields) -> tuple[str, dict[str, int]
     return found, {k: n for k, n in counters["aot_autograd"].items() if k.startswith("autograd")}
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize(
+    "regional",
+    [
+        pytest.param(False, id="whole"),
+        pytest.param(True, id="regional", marks=pytest.mark.slow),
+    ],
+)
 def test_guarded_branches_hit_in_every_cache(monkeypatch, tmp_path, regional):
     """Other routers hit too, with routes of their own; what only a branch holds must miss."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

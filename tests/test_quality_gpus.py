@@ -63,6 +63,7 @@ def timeless(record: dict) -> dict:
     return {name: record[name] for name in kept}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # five processes import everything
 def test_two_processes_find_what_one_does_and_what_is_found_is_kept(benchmarks, tmp_path):
     routers = [
@@ -90,7 +91,7 @@ def test_two_processes_find_what_one_does_and_what_is_found_is_kept(benchmarks, 
     assert timeless(json.loads((tmp_path / "two" / "quality.json").read_text())) == records[0]
 
 
-@pytest.mark.parametrize("gpus", ["1", "2"])
+@pytest.mark.parametrize("gpus", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_an_error_in_a_worker_is_told_and_leaves_no_record(tmp_path, gpus):
     methods = ("--methods", "entropy", "--sparse-layers", "1", "--search-length", "100")
     done = quality(tmp_path / "out", "--gpus", gpus, *methods)

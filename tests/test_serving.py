@@ -52,7 +52,13 @@ def continuous(model, prompts) -> list[list[int]]:
     return [list(result.generated_tokens) for result in results.values()]
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize(
+    "regional",
+    [
+        pytest.param(False, id="whole"),
+        pytest.param(True, id="regional", marks=pytest.mark.slow),
+    ],
+)
 def test_continuous_batching_runs_uncompiled_and_says_why(regional, lowered):
     model = llama(None, bos_token_id=None, eos_token_id=None)
     if not hasattr(model, "generate_batch"):

@@ -92,7 +92,11 @@ def _generated(llama, prompt, n):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("routes", [[0, 0, 0], [1, 0, 1], [0, 1, 0]], ids=str)
+@pytest.mark.parametrize(
+    "routes",
+    [[0, 1, 0], *(pytest.param(x, marks=pytest.mark.slow) for x in ([0, 0, 0], [1, 0, 1]))],
+    ids=str,
+)
 def test_patterns_are_the_same_both_ways(routes):
     llama = cases.model()
     with AsUser.of(llama, routes=routes, config=cases.CONFIG, lowering="eager") as run:

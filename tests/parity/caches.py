@@ -18,6 +18,9 @@ ROOM = 192
 
 #: a cache that grows, and one of fixed size
 KINDS = [pytest.param(None, id="growing"), pytest.param(ROOM, id="fixed")]
+#: both, of which one is for the full matrix: the code between them differs little there
+GROWING = [KINDS[0], pytest.param(ROOM, id="fixed", marks=pytest.mark.slow)]
+FIXED = [pytest.param(None, id="growing", marks=pytest.mark.slow), KINDS[1]]
 
 
 def flux_cache(model: PreTrainedModel, max_length: int | None = None, spare: int = SPARE):

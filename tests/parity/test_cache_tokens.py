@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fluxcompile
-from tests.parity.caches import KINDS, flux_cache, generate_with, untrimmed
+from tests.parity.caches import FIXED, GROWING, KINDS, flux_cache, generate_with, untrimmed
 from tests.parity.decide import decide
 from tests.parity.harness import (
     all_rows,
@@ -36,7 +36,7 @@ def three_layers(kind: str):
     return tiny_model(kind, num_hidden_layers=3)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 @pytest.mark.parametrize(
     "padding", [p if p == "left" else pytest.param(p, marks=pytest.mark.slow) for p in PADDINGS]
 )
@@ -71,8 +71,8 @@ def test_short_prompts_grow_into_the_ring(length, max_length):
     )
 
 
-@pytest.mark.parametrize("max_length", KINDS)
-@pytest.mark.parametrize("length", [63, 14])
+@pytest.mark.parametrize("max_length", GROWING)
+@pytest.mark.parametrize("length", [63, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_layer_is_trimmed_where_all_rows_are_sparse(length, max_length):
     """Routers decide, rows differ; layers that some row reads in full keep every token."""
     model, twin = (tiny_model("qwen3", num_hidden_layers=4) for _ in range(2))
@@ -93,7 +93,7 @@ def test_a_layer_is_trimmed_where_all_rows_are_sparse(length, max_length):
     assert len(seen) > 1, "another seed: the same layers are sparse in every prompt"
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 @pytest.mark.parametrize(
     "lowering", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
@@ -121,7 +121,10 @@ def some_layers_sparse_in_all_rows(twin, router):
     raise AssertionError("another router: no such batch")
 
 
-@pytest.mark.parametrize("mode", ["triangle", "power", "xattention"])
+@pytest.mark.parametrize(
+    "mode",
+    ["triangle", *(pytest.param(m, marks=pytest.mark.slow) for m in ("power", "xattention"))],
+)
 def test_other_sparse_prefills_decode_by_the_same_ring(mode):
     config = flux_config(sparse=mode, block=16, stride=4, last=5)
     model, given = three_layers("llama"), prompt(2, 90, "left")

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import fluxcompile
-from tests.parity.caches import KINDS, ROOM, SPARE, flux_cache, generate_with, untrimmed
+from tests.parity.caches import (
+    FIXED,
+    GROWING,
+    KINDS,
+    ROOM,
+    SPARE,
+    flux_cache,
+    generate_with,
+    untrimmed,
+)
 from tests.parity.harness import all_rows, compiled, definition_of
 from tests.parity.models import LOCAL, SINK, Prompt, flux_config, prompt, random_router, tiny_model
 from tests.parity.reference import routed_logits
@@ -59,7 +68,7 @@ def test_later_turns(spare, max_length):
     assert {"decode of a trimmed ring", "streaming of a trimmed ring"} <= made.became
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", GROWING)
 def test_chunks_of_a_prompt_under_a_router(max_length):
     """The first call decides, and trims what later chunks then go through."""
     model, twin, router, _ = routed()
@@ -71,7 +80,7 @@ def test_chunks_of_a_prompt_under_a_router(max_length):
         talk.assert_is(twin, full, router.config)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 @torch.no_grad()
 def test_padding_between_turns(max_length):
     """Tokens that are not valid take no place in a ring."""
@@ -105,7 +114,7 @@ def test_padding_between_turns(max_length):
     torch.testing.assert_close(torch.cat(logits, 1)[good], expected[good], atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 def test_crop_takes_back_what_is_spare(max_length):
     model, twin, _ = pinned()
     talk = talk_of(model, prompt(2, 50), max_length)
@@ -143,7 +152,7 @@ def test_crop_refuses_what_is_gone(max_length):
     assert_is_the_pattern(talk, twin)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 def test_drafts_are_verified_on_it(max_length):
     """Prompt look-up decoding: several tokens a step, the wrong ones taken back."""
     model, _, _ = pinned()
@@ -155,7 +164,7 @@ def test_drafts_are_verified_on_it(max_length):
     assert cache.memory().trimmed == (0,)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", GROWING)
 def test_a_chat_through_generate(max_length):
     """The history comes again with each turn; what the cache has is not run again."""
     model, _, _ = pinned()
@@ -186,7 +195,7 @@ def beams(model, given, cache):
         )
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", GROWING)
 def test_beam_search_keeps_routes(max_length):
     """Rows of a trimmed cache move with their routes: what follows the prompt stays routed."""
     model, twin, router, _ = routed()
@@ -208,7 +217,7 @@ def test_beam_search_keeps_routes(max_length):
     assert cache.memory().trimmed == tuple((~full[0]).nonzero().flatten().tolist())
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 @pytest.mark.parametrize("how", ["repeat", "select", "mask", "reorder"])
 def test_rows_move_with_their_routes(how, max_length):
     model, twin, router, _ = routed()
@@ -230,7 +239,7 @@ def test_rows_move_with_their_routes(how, max_length):
     talk.assert_is(twin, full[rows], router.config)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", GROWING)
 def test_two_caches_take_turns(max_length):
     model, twin, router, _ = routed()
     talks = []
@@ -251,7 +260,7 @@ def through_a_file(cache):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
 def test_a_copy_goes_its_own_way(copied, max_length):
     """With its routes, where rows of a kept layer differ too."""
@@ -269,7 +278,7 @@ def test_a_copy_goes_its_own_way(copied, max_length):
         conversation.assert_is(twin, full, router.config)
 
 
-@pytest.mark.parametrize("max_length", KINDS)
+@pytest.mark.parametrize("max_length", FIXED)
 def test_reset_decides_anew(max_length):
     model, twin, router, _ = routed()
     cache = flux_cache(model, max_length)

@@ -55,6 +55,7 @@ def text(tokenizer, words) -> Prompt:
     return Prompt(batch["input_ids"], batch["attention_mask"])
 
 
+@pytest.mark.slow
 def test_full_is_eager(real):
     model, tokenizer = real
     given = text(tokenizer, (40, 90))

@@ -30,7 +30,6 @@ DEFAULT = {
     ("qwen3", "right", "static", "dense", (0, 0)),
     ("qwen3", "ones", "dynamic", "sparse", (0, 0)),
     ("mistral", "left", "dynamic", "sparse", (0, 0)),
-    ("mistral", "right", "dynamic", "dense", (1, 0)),
 }
 
 
