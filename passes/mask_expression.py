@@ -25,7 +25,7 @@ from fluxcompile.passes.graph_util import (
     value_of,
 )
 from fluxcompile.passes.site import MaskUse
-from fluxcompile.passes.views import Index, _step, broadcast_index
+from fluxcompile.passes.views import Index, broadcast_index, view_step
 
 #: an additive mask at or below this counts as minus infinity (float16's most negative value)
 BLOCKED = -65504.0
@@ -112,7 +112,7 @@ class MaskExpression:
     def _additive(self, node: fx.Node, index: Index) -> Boolean:
         """The condition under which an additive mask is 0; it must be minus infinity elsewhere."""
         self._require_unchanged(node)
-        if (step := _step(node, index)) is not None:
+        if (step := view_step(node, index)) is not None:
             return self._additive(*step)
         name = op_name(node)
         if name in ("to", "float", "type", "masked_fill") and is_tensor(node.args[0]):
@@ -174,7 +174,7 @@ class MaskExpression:
         if value_of(node).dtype == torch.bool:
             return self._bool(node, index)
         self._require_unchanged(node)
-        if (step := _step(node, index)) is not None:
+        if (step := view_step(node, index)) is not None:
             return self._indicator(*step)
         name = op_name(node)
         if name in _CONSTANTS and constant(node) in (0.0, 1.0):
@@ -279,7 +279,7 @@ class MaskExpression:
 
     def _view(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         """One view step, including reads by index tensors (``mask[batch, key]``)."""
-        if (step := _step(node, index)) is not None:
+        if (step := view_step(node, index)) is not None:
             return step
         if op_name(node) != "getitem" or not isinstance(node.args[1], tuple):
             return None

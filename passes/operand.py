@@ -15,7 +15,7 @@ from fluxcompile.passes.contraction import Operand
 from fluxcompile.passes.graph_util import changes_of, hint, memory_of, parted, same_size, value_of
 from fluxcompile.passes.scores import scaling
 from fluxcompile.passes.site import Source
-from fluxcompile.passes.views import Index, _step
+from fluxcompile.passes.views import Index, view_step
 
 #: an axis as the index that must be found on it, and its size
 Axis = tuple[sympy.Expr, object]
@@ -66,7 +66,7 @@ def _is_better(found: Source, best: Source) -> bool:
 
 
 def _upstream(node: fx.Node, index: Index, may_scale: bool) -> tuple[fx.Node, Index, float] | None:
-    if (step := _step(node, index)) is not None:
+    if (step := view_step(node, index)) is not None:
         return (*step, 1.0)
     scaled, factor = scaling(node) if may_scale else (None, None)
     if scaled is None or factor <= 0 or value_of(scaled).dtype != value_of(node).dtype:

@@ -17,7 +17,7 @@ from fluxcompile.passes.contraction import is_contraction
 from fluxcompile.passes.graph_util import argument, is_tensor, op_name, value_of
 from fluxcompile.passes.mask_expression import BLOCKED, constant
 from fluxcompile.passes.site import MaskTerm, MaskUse
-from fluxcompile.passes.views import Index, _step, broadcast_index
+from fluxcompile.passes.views import Index, broadcast_index, view_step
 
 ROUNDING = {"to", "type", "float", "half", "bfloat16", "type_as"}
 _MULTIPLY, _DIVIDE = {"mul", "imul", "mul_"}, {"truediv", "div", "itruediv", "div_"}
@@ -70,7 +70,7 @@ def _peel(read: Scores) -> None:
     node, name, args = read.product, op_name(read.product), read.product.args
     if name in ROUNDING and args and is_tensor(args[0]):
         read.product = args[0]
-    elif (step := _step(node, read.index)) is not None:
+    elif (step := view_step(node, read.index)) is not None:
         read.product, read.index = step
     elif name in ("add", "iadd", "add_"):
         _added(read)

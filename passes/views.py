@@ -41,12 +41,16 @@ def broadcast_index(shape: tuple, index: Index) -> Index:
 def upstream(node: fx.Node, index: Index) -> Iterator[tuple[fx.Node, Index]]:
     """Yield ``(node, index)`` at each step up a chain of views, the starting point included."""
     yield node, index
-    while (step := _step(node, index)) is not None:
+    while (step := view_step(node, index)) is not None:
         node, index = step
         yield node, index
 
 
-def _step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+def view_step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """One step upstream: what ``node`` is a view or copy of, and where there its ``index`` is read.
+
+    None where ``node`` holds other values than its source's.
+    """
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     source = node.args[0]

@@ -31,7 +31,7 @@ from fluxcompile.passes.scores import (
 )
 from fluxcompile.passes.site import AttentionSite, OutputForm, Skip, SkipReason, Source
 from fluxcompile.passes.softmax_element import Element, axis_of, elements_of
-from fluxcompile.passes.views import Index, _step
+from fluxcompile.passes.views import Index, view_step
 
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "contiguous", "clone", "squeeze", "unsqueeze"}
 _ASKS_SIZES = {"size", "dim", "numel"}
@@ -116,7 +116,7 @@ def _index_at(
     for node in reversed(weights.chain[1:]):
         if op_name(node) in ROUNDING or op_name(node) == "dropout":
             continue
-        step = _step(node, index)
+        step = view_step(node, index)
         if step is None:
             return None
         index = settle(step[1], bounds)

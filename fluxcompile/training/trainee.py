@@ -78,13 +78,10 @@ class Trainee(RoutedModule):
         """
         _, run = self._language_model
         found: dict[int, list[torch.Tensor]] = {}
-        first = 0
         for batch in batches:
-            last = first + len(batch["input_ids"])
-            read = read_features(self.router, batch, run, full[first:last])
-            for layer, features in read.items():
+            of_batch, full = full.tensor_split([len(batch["input_ids"])])
+            for layer, features in read_features(self.router, batch, run, of_batch).items():
                 found.setdefault(layer, []).append(features.cpu())
-            first = last
         return {layer: torch.cat(features) for layer, features in found.items()}
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The trainer of routers: noise, temperature, ascent, and what its checkpoints hold."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,11 @@ class RouterTrainer(CompiledTrainer):
     def _by_length(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows, key=lambda i: len(self.train_dataset[i]))
 
-    def _batches(self, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    def _batches(self, rows: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
         """Examples by position, as many at once as a step runs."""
         size = self.args.per_device_train_batch_size
-        return [
-            self.data_collator([self.train_dataset[i] for i in rows[first : first + size]])
-            for first in range(0, len(rows), size)
-        ]
+        for first in range(0, len(rows), size):
+            yield self.data_collator([self.train_dataset[i] for i in rows[first : first + size]])
 
     def forward_arguments(self, index: torch.Tensor) -> dict[str, Any]:
         """Noise, temperature and hardness of this step, and what is descended."""
