@@ -20,7 +20,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 FILE = FOLDER / "recipes" / "smollm2.json"
 NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
-    "with-prefix", "half", "retrieval-0.55", "long", "long-24", "batch-24",
+    "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "long-24",
+    "batch-24",
 )  # fmt: skip
 
 # What `fluxcompile train` does, as far as the script can see: a log, a checkpoint, a router.

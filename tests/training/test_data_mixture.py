@@ -137,6 +137,17 @@ def test_all_answers_are_led_up_to_or_none(lead):
     assert {item["lead_length"] > 0 for item in made} == {lead == 1}
 
 
+def test_of_several_places_for_the_question_each_is_used():
+    made = mixture(24, tasks="retrieval", question=("last", "both"))
+    assert {item["question"] for item in made} == {"last", "both"}
+
+
+@pytest.mark.parametrize("question", [(), ("last", "middle"), "middle"])
+def test_an_impossible_place_for_the_question_is_refused(question):
+    with pytest.raises(DataError, match="question"):
+        mixture(2, question=question)
+
+
 @pytest.mark.parametrize("question", ["first", "last", "both"])
 def test_the_question_stands_where_it_is_asked_for(question):
     for item in mixture(8, tasks=("needle", "two_hop"), question=question, style="plain"):

@@ -32,7 +32,7 @@ def builtin_mixture(
     seed: int = 0,
     split: str = "train",
     tasks: Iterable[str] = ALL,
-    question: str = "mixed",
+    question: str | Sequence[str] = "mixed",
     style: str = "mixed",
     loss: str = "half",
     lead: float = 0.5,
@@ -53,7 +53,7 @@ def builtin_mixture(
         tasks: forms to make (``needle``, ``needles``, ``key_value``, ``two_hop``, ``code``,
             ``prose``, ``in_context``); ``retrieval`` and ``holistic`` stand for all of theirs.
         question: where the question or instruction stands: ``"last"``, ``"first"``, ``"both"``,
-            or ``"mixed"``: any of the three.
+            several of them, or ``"mixed"``: any of the three.
         style: ``"chat"`` (through the chat template), ``"plain"``, or ``"mixed"``: either, plain
             where the tokenizer has no chat template.
         loss: which tokens of ``code`` and ``prose`` bear loss: the second ``"half"`` or ``"all"``.
@@ -78,7 +78,11 @@ def builtin_mixture(
         DataError: an argument is not one of the above, or a length is too short.
     """
     _check("split", split, SPLITS)
-    _check("question", question, (*QUESTIONS, "mixed"))
+    questions = [question] if isinstance(question, str) else list(question)
+    if not questions:
+        raise DataError.mismatch("question", f"some of {QUESTIONS}", "none")
+    for place in questions:
+        _check("question", place, (*QUESTIONS, "mixed"))
     _check("loss", loss, LOSSES)
     if not 0 <= lead <= 1:
         raise DataError.mismatch("lead", "a share in [0, 1]", lead)
@@ -87,7 +91,8 @@ def builtin_mixture(
         raise DataError.mismatch("length", "one or several ints > 0", repr(length))
     if examples < 1:
         raise DataError.mismatch("examples", "at least 1", examples)
-    questions = QUESTIONS if question == "mixed" else (question,)
+    if "mixed" in questions:
+        questions = list(QUESTIONS)
     frames = [frame(tokenizer, name) for name in styles(tokenizer, style)]
     by_task = _forms(tasks)
 
