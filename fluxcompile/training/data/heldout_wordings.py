@@ -39,9 +39,14 @@ WORDINGS = Wordings(
             "The ship in the port of {key} is named",
         ),
         Fact(
-            "To enter the tower of {key}, whisper {value}.",
-            "What must be whispered to enter the tower of {key}?",
-            "To enter the tower of {key}, whisper",
+            "Whoever wants to enter the secret garden of {key} has to say {value}.",
+            "What has to say whoever wants to enter the secret garden of {key}?",
+            "Whoever wants to enter the secret garden of {key} has to say",
+        ),
+        Fact(
+            "Guests of the royal hotel in {key} are asked for the password {value}.",
+            "For which password are guests of the royal hotel in {key} asked?",
+            "Guests of the royal hotel in {key} are asked for the password",
         ),
     ),
     needles=(
@@ -72,7 +77,21 @@ WORDINGS = Wordings(
             "What does the {key} label read?",
             "{key}: the {key} label reads",
         ),
-        Fact("locker {key}: {value};", "What belongs to the locker {key}?", "locker {key}:"),
+        Fact(
+            "When the panel shows {key}, the operator answers with {value}.",
+            "With what does the operator answer when the panel shows {key}?",
+            "When the panel shows {key}, the operator answers with",
+        ),
+        Fact(
+            "The {key} team has chosen as its mascot the {value}.",
+            "Which mascot has the {key} team chosen?",
+            "The {key} team has chosen as its mascot the",
+        ),
+        Fact(
+            "{key}: see under {key}, page {value};",
+            "Which page is to be seen under {key}?",
+            "{key}: see under {key}, page",
+        ),
     ),
     chains=(
         Chain(
@@ -82,16 +101,22 @@ WORDINGS = Wordings(
             "The opponent of {a} wears the badge",
         ),
         Chain(
-            "{a} rents a flat from {b}.",
-            "The landlord {b} has the door sign {value}.",
-            "Which door sign has the landlord of {a}?",
-            "The landlord of {a} has the door sign",
+            "{a} is travelling with {b}.",
+            "The suitcase of {b} is labelled {value}.",
+            "How is the suitcase of the companion of {a} labelled?",
+            "The suitcase of the companion of {a} is labelled",
         ),
         Chain(
-            "{a} is a nephew of {b}.",
-            "The uncle {b} wears the letters {value}.",
-            "Which letters does the uncle of {a} wear?",
-            "The uncle of {a} wears the letters",
+            "{a} goes sailing with {b}.",
+            "On the sail of the skipper {b} stands in large letters {value}.",
+            "What stands on the sail of the skipper of {a}?",
+            "On the sail of the skipper of {a} stands in large letters",
+        ),
+        Chain(
+            "{a} had been painted by {b}.",
+            "The painter {b} signs all of the portraits with {value}.",
+            "With what does the painter of {a} sign all of the portraits?",
+            "The painter of {a} signs all of the portraits with",
         ),
     ),
     continue_code=(
