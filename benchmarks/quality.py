@@ -65,6 +65,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--router", nargs="+", action="append", default=[], metavar="NAME=DIR [DIR ...]"
     )
+    parser.add_argument(
+        "--bias", type=float, nargs="+", default=[0.0],
+        help="towards full attention (FluxRouter.biased); every router takes part with each",
+    )  # fmt: skip
     parser.add_argument("--static", action="append", default=[], metavar="NAME=1,0,0,...")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument(
@@ -116,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load(args)
     check_lengths(model, args.lengths)
     layers = layers_of(model)
-    routers = given_routers(args.router)
+    routers = given_routers(args.router, args.bias)
     for named in routers:
         named.router.check_model(model)
     patterns = given_patterns(args.static)

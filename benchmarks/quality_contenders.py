@@ -15,12 +15,16 @@ ATTENTION = ("sparse", "retrieval", "sink", "local", "stride", "threshold", "blo
 
 @dataclass(frozen=True, eq=False)
 class NamedRouter:
-    """A router and where it is from; ``name`` is unique, ``recipe`` shared by its seeds."""
+    """A router and where it is from, with a ``bias`` that it has been given since.
+
+    ``name`` is unique, ``recipe`` shared by its seeds of one bias.
+    """
 
     name: str
     recipe: str
     directory: str
     router: FluxRouter
+    bias: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +72,13 @@ def same_attention(one: FluxConfig, other: FluxConfig) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in ATTENTION)
 
 
-def given_routers(options: Sequence[Sequence[str]]) -> list[NamedRouter]:
+def given_routers(
+    options: Sequence[Sequence[str]], biases: Sequence[float] = (0.0,)
+) -> list[NamedRouter]:
     """From ``[["NAME=DIR", "DIR", ...], ...]``; a name's second router is ``NAME#2``.
 
-    A shell makes ``NAME=DIR0 NAME=DIR1`` of ``NAME=DIR{0,1}``: the name may come again.
+    A shell makes ``NAME=DIR0 NAME=DIR1`` of ``NAME=DIR{0,1}``: the name may come again. Every
+    router takes part once for each of ``biases``; those of another bias than 0 say it in the name.
 
     Raises:
         OptionError: no name.
@@ -84,10 +91,12 @@ def given_routers(options: Sequence[Sequence[str]]) -> list[NamedRouter]:
             directory = text.removeprefix(f"{name}=")
             if not name or not directory or (i_directory == 0 and directory == text):
                 raise OptionError.mismatch("--router", "NAME=DIR", repr(text))
-            seeds = sum(other.recipe == name for other in found)
-            unique = f"{name}#{seeds + 1}" if seeds else name
             router = FluxRouter.from_pretrained(directory)
-            found.append(NamedRouter(unique, name, directory, router))
+            for bias in biases:
+                recipe = f"{name} {bias:+g}" if bias else name
+                seeds = sum(other.recipe == recipe for other in found)
+                unique = f"{recipe}#{seeds + 1}" if seeds else recipe
+                found.append(NamedRouter(unique, recipe, directory, router.biased(bias), bias))
     return found
 
 

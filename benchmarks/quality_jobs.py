@@ -42,13 +42,15 @@ class Routed:
 
     Attributes:
         directory: of the router.
-        digest: of its weights.
+        bias: that it is given.
+        digest: of its weights, with the bias.
         through: ``"user"`` or ``"graph"``.
     """
 
     name: str
     config: FluxConfig
     directory: str
+    bias: float
     digest: str
     through: str
 
@@ -57,7 +59,7 @@ class Routed:
 
     def run(self, worker: Worker) -> Outcome:
         started = time.perf_counter()
-        router = FluxRouter.from_pretrained(self.directory).to(worker.args.device)
+        router = FluxRouter.from_pretrained(self.directory).biased(self.bias).to(worker.args.device)
         if self.through == "graph":
             results = worker.evaluate(self.name, worker.graph(self.config).routed(router))
         else:

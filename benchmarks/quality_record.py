@@ -35,7 +35,8 @@ def as_record(
 def _run(run: Run, full: dict, seed: int) -> dict[str, Any]:
     about: dict[str, Any] = {"name": run.name, "kind": run.kind, "through": run.through}
     if isinstance(run, RouterRun):
-        about |= {"recipe": run.source.recipe, "directory": run.source.directory}
+        about |= {"recipe": run.source.recipe, "directory": run.source.directory,
+                  "bias": run.source.bias}  # fmt: skip
     if isinstance(run, StaticRun):
         about["routes"] = list(run.routes)
     return {

@@ -93,7 +93,8 @@ class Bench:
         config = named.router.config
         graph = self._args.through == "graph" and serves(config)
         digest = weights_digest(named.router)
-        return Routed(named.name, config, named.directory, digest, "graph" if graph else "user")
+        through = "graph" if graph else "user"
+        return Routed(named.name, config, named.directory, named.bias, digest, through)
 
     def _searches(self, distinct: Sequence[FluxConfig], routed: bool) -> list[Job]:
         """As deep as any router could ask for."""

@@ -238,12 +238,16 @@ def convert(
     dtype: Annotated[
         DType, typer.Option(help="What its weights are stored in; it computes in float32.")
     ] = DType.FLOAT32,
+    bias: Annotated[
+        float,
+        typer.Option(help="Added to every layer's logit of full attention: more of it, or less."),
+    ] = 0.0,
 ) -> None:
-    """Save the routers inside a published checkpoint, or a router once more in another dtype."""
+    """Save the routers inside a published checkpoint, or a router with another dtype or bias."""
     from fluxcompile.training import command
 
     with _errors_told():
-        router = command.convert(source, output, dtype.value)
+        router = command.convert(source, output, dtype.value, bias)
     typer.echo(f"router of {len(router.layer_names)} layers: {output}")
 
 

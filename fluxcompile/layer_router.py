@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import nn
 
+SPARSE, FULL = 0, 1  # a router's classes
+
 # A new router routes to full attention: its logits are these, whatever it reads.
 UNTRAINED_LOGITS = (0.0, 4.5)
 

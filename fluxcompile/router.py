@@ -1,5 +1,7 @@
 """The router of a model: a layer router for each attention layer, with what it belongs to."""
 
+import copy
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from torch import nn
 from fluxcompile import model_layers, published, router_io
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, FluxWarning, RouterError
-from fluxcompile.layer_router import LayerRouter
+from fluxcompile.layer_router import FULL, LayerRouter
 from fluxcompile.model_card import model_card
 
 
@@ -149,6 +151,26 @@ class FluxRouter(
                     f"{actual[key]!r}",
                 )
         self._warn_about_name(model_layers.base_model_of(model))
+
+    def biased(self, bias: float) -> Self:
+        """Make a copy that chooses full attention more often, or less, without being trained again.
+
+        A trained router has one place between quality and speed; this moves it from there.
+
+        Args:
+            bias: added to every layer's logit of full attention: its odds
+                are multiplied by ``exp(bias)``. Below 0 for more sparse attention.
+
+        Raises:
+            RouterError: ``bias`` is NaN or infinite.
+        """
+        if not math.isfinite(bias):
+            raise RouterError.mismatch("bias", "a finite number of logits", bias)
+        router = copy.deepcopy(self)
+        with torch.no_grad():
+            for layer in router.layers:
+                layer.head[-1].bias[FULL] += bias
+        return router
 
     def _warn_about_name(self, name: str) -> None:
         # Local paths and class names say nothing about which weights a model has.

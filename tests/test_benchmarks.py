@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fluxcompile
+from tests.router_models import random_router
 from tests.scripts import FOLDER, forget_scripts, run_script
 
 
@@ -98,11 +99,28 @@ def test_dense_layers_are_spread(prefill, layers, omega, dense):
 @pytest.fixture
 def quality(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    import quality_contenders
     import quality_static
     import quality_tiny
 
-    yield argparse.Namespace(static=quality_static, tiny=quality_tiny)
+    yield argparse.Namespace(
+        contenders=quality_contenders, static=quality_static, tiny=quality_tiny
+    )
     forget_scripts()
+
+
+def test_every_router_takes_part_with_every_bias(quality, tmp_path):
+    for name in ("one", "two"):
+        random_router().save_pretrained(tmp_path / name)
+    given = quality.contenders.given_routers(
+        [[f"mine={tmp_path / 'one'}", str(tmp_path / "two")]], [0.0, 1.0]
+    )
+    assert [(named.name, named.recipe, named.bias) for named in given] == [
+        ("mine", "mine", 0), ("mine +1", "mine +1", 1),
+        ("mine#2", "mine", 0), ("mine +1#2", "mine +1", 1),
+    ]  # fmt: skip
+    last = [named.router.layers[0].head[-1].bias for named in given]
+    torch.testing.assert_close(last[1] - last[0], torch.tensor([0.0, 1.0]))
 
 
 def test_quality_script_runs_on_a_cpu(quality, tmp_path):

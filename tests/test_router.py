@@ -33,6 +33,17 @@ def test_shapes_are_the_module_s():
     assert LayerRouter.shapes(16) == actual
 
 
+def test_a_biased_copy_adds_to_the_logit_of_full_attention():
+    router, features = random_router(head_dim=16, layers=2), torch.randn(5, 16)
+    before = [layer(features) for layer in router.layers]
+    for layer, logits in zip(router.biased(0.5).layers, before, strict=True):
+        torch.testing.assert_close(layer(features), logits + torch.tensor([0.0, 0.5]))
+    for layer, logits in zip(router.layers, before, strict=True):
+        assert torch.equal(layer(features), logits)
+    with pytest.raises(RouterError, match="bias: expected a finite number"):
+        router.biased(float("nan"))
+
+
 @pytest.mark.parametrize("standardize", [False, True])
 def test_shapes_of_a_router_that_reads_more(standardize):
     actual = {n: tuple(x.shape) for n, x in LayerRouter(16, 96, standardize).state_dict().items()}

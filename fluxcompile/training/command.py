@@ -17,6 +17,9 @@ from fluxcompile.router import FluxRouter
 
 SMOLLM2 = "smollm2"
 BUILT_IN = "builtin"
+_BIASED = """
+After training, {bias:+g} was added to every layer's logit of full attention.
+"""
 _MIXTURE = {"length", "seed", "tasks", "question", "style", "loss", "lead"}
 
 
@@ -101,28 +104,31 @@ def train(
     )
 
 
-def convert(source: Path, output: Path, dtype: str = "float32") -> FluxRouter:
+def convert(source: Path, output: Path, dtype: str = "float32", bias: float = 0.0) -> FluxRouter:
     """Save the routers of a published Flux Attention checkpoint, or a saved router, in ``dtype``.
 
-    A saved router keeps its model card; checkpoints of its training are left behind.
+    A saved router keeps its model card, which a ``bias`` is added to; checkpoints of its training
+    are left behind.
 
     Args:
         source: directory of either.
         output: directory of the router.
         dtype: of the stored weights, see :meth:`FluxRouter.save_pretrained`.
+        bias: towards full attention, see :meth:`FluxRouter.biased`.
 
     Raises:
-        RouterError: ``source`` is neither, or its routers are incomplete.
+        RouterError: ``source`` is neither, or its routers are incomplete; or an impossible bias.
     """
     if not router_io.is_saved_router(source):
-        router = FluxRouter.from_fluxattention(source)
+        router = FluxRouter.from_fluxattention(source).biased(bias)
         router.save_pretrained(output, dtype=getattr(torch, dtype))
         return router
-    router = FluxRouter.from_pretrained(source)
+    router = FluxRouter.from_pretrained(source).biased(bias)
     card = source / router_io.CARD_FILE
     if card.is_file():
         output.mkdir(parents=True, exist_ok=True)
-        write_all({output / router_io.CARD_FILE: card.read_bytes()})
+        text = card.read_text(encoding="utf-8") + (_BIASED.format(bias=bias) if bias else "")
+        write_all({output / router_io.CARD_FILE: text.encode()})
     router.save_pretrained(output, dtype=getattr(torch, dtype))
     return router
 

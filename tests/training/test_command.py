@@ -133,6 +133,18 @@ def test_convert_stores_a_router_in_half_the_size(tmp_path):
     assert 0 < largest_difference(converted, router) < 0.02
 
 
+def test_convert_with_a_bias_says_so_on_the_card(tmp_path):
+    router = random_router()
+    router.save_pretrained(tmp_path / "run")
+    result = run("convert", tmp_path / "run", tmp_path / "out", "--bias", "-0.5")
+    assert result.exit_code == 0, result.output
+    converted = FluxRouter.from_pretrained(tmp_path / "out")
+    assert largest_difference(converted, router.biased(-0.5)) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.endswith("\n\nAfter training, -0.5 was added to every layer's logit of full "
+                         "attention.\n")  # fmt: skip
+
+
 def test_convert_in_place(tmp_path):
     router = random_router()
     router.save_pretrained(tmp_path)
