@@ -20,9 +20,14 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 FILE = FOLDER / "recipes" / "smollm2.json"
 NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
-    "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "long-24",
-    "batch-24",
+    "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "longer",
+    "longer-8k", "longer-24", "longer-0.65", "longer-prefix", "long-24", "batch-24",
 )  # fmt: skip
+
+STEPS = {
+    "long": 350, "long-24": 175, "longer": 800, "longer-8k": 560, "longer-0.65": 800,
+    "longer-prefix": 800,
+}  # fmt: skip
 
 # What `fluxcompile train` does, as far as the script can see: a log, a checkpoint, a router.
 FAKE = """
@@ -119,7 +124,7 @@ def test_every_recipe_parses(recipes, monkeypatch, tmp_path, name):
     arguments = recipes.Run(recipe, 3).arguments(tmp_path)
     seen = parsed(arguments, monkeypatch, tmp_path)
     training, config = seen["training"], seen["config"]
-    steps = {"long": 350, "long-24": 175}.get(name, 400)
+    steps = STEPS.get(name, 400)
     assert (training.max_steps, training.lowering, training.seed) == (steps, "eager", 3)
     assert (config.sink, config.local) == (64, 512)
     assert seen["mixture"]["examples"] >= steps * training.batch_size, "none comes twice"

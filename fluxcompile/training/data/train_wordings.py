@@ -253,7 +253,7 @@ WORDINGS = Wordings(
         "stone street sugar summer table tower train tree wall water wheel window winter wood "
         "yard"
     ),
-    values=("#####", "######", "###-####", "@@####", "@#@#", "@@#@@", "*-##"),
+    values=("##", "#####", "###-####", "@@##", "@#@#", "@@#", "* ##", "*-##"),
     record_keys=("*_##", "*_*"),
     fillers=("prose", "prose", "code", "mixed"),
 )
