@@ -21,12 +21,12 @@ FILE = FOLDER / "recipes" / "smollm2.json"
 NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
     "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "longer",
-    "longer-8k", "longer-24", "longer-0.65", "longer-prefix", "long-24", "batch-24",
+    "longer-8k", "longer-24", "longer-0.65", "longer-sure", "longer-prefix", "long-24", "batch-24",
 )  # fmt: skip
 
 STEPS = {
     "long": 350, "long-24": 175, "longer": 800, "longer-8k": 560, "longer-0.65": 800,
-    "longer-prefix": 800,
+    "longer-sure": 800, "longer-prefix": 800,
 }  # fmt: skip
 
 # What `fluxcompile train` does, as far as the script can see: a log, a checkpoint, a router.

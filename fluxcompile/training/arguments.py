@@ -40,6 +40,9 @@ class RouterTrainingArguments(CompiledTrainingArguments):
             language-model loss, which is all of it in the paper. What full attention gets wrong
             says nothing of routes, and is noise in the one but not in the other; it costs one more
             forward pass.
+        certainty: how far the divergence at a token is multiplied by the probability that full
+            attention gives to it. With 1 an answer that full attention does not know counts for
+            nothing, and one that it is sure of in full.
         multiplier_init: first value of every λ1 and λ2.
         full_bias: of a router that is created for the run, the logit of full attention before it
             has learnt anything; the other logit is 0.
@@ -82,6 +85,9 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     distillation: float = field(
         default=0.0, metadata={"help": "Share of the divergence from full attention in the loss."}
     )
+    certainty: float = field(
+        default=0.0, metadata={"help": "Weight of the divergence by full attention's certainty."}
+    )
     multiplier_init: float = field(
         default=0.0, metadata={"help": "First value of the multipliers λ1 and λ2."}
     )
@@ -116,6 +122,7 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         "multiplier_init",
         "hardness",
         "distillation",
+        "certainty",
     )
 
     def check_values(self) -> None:
@@ -125,10 +132,12 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         number = isinstance(bias, int | float) and not isinstance(bias, bool)
         if not number or not math.isfinite(bias):
             raise ConfigError.mismatch("full_bias", "a finite number", f"{bias!r}")
-        for name in ("hardness", "distillation"):
+        for name in ("hardness", "distillation", "certainty"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError.mismatch(name, "a number in [0, 1]", f"{value!r}")
+        if self.certainty and not self.distillation:
+            raise ConfigError.mismatch("certainty", "0 without distillation", self.certainty)
         if self.start not in (None, GREEDY) and not isinstance(self.start, Mapping):
             raise ConfigError.mismatch(
                 "start", f"None, {GREEDY!r} or routes by task", f"{self.start!r}"

@@ -44,10 +44,12 @@ class TokenLosses(NamedTuple):
         cross_entropy: of the token.
         divergence: Kullback-Leibler, from the teacher's prediction to this one's; zeros without a
             teacher.
+        certainty: the teacher's probability of the token; ones without a teacher. No gradient.
     """
 
     cross_entropy: torch.Tensor
     divergence: torch.Tensor
+    certainty: torch.Tensor
 
 
 def token_losses(
@@ -68,7 +70,7 @@ def token_losses(
     """
     if not len(tokens):
         empty = hidden.sum(dim=1).float()  # still part of the graph
-        return TokenLosses(empty, torch.zeros_like(empty))
+        return TokenLosses(empty, torch.zeros_like(empty), torch.ones_like(empty))
     teachers = [None] * -(-len(tokens) // chunk) if teacher is None else teacher.split(chunk)
     parts = zip(hidden.split(chunk), tokens.split(chunk), teachers, strict=True)
     pieces = [checkpoint(_losses, *part, head, use_reentrant=False) for part in parts]
@@ -77,12 +79,14 @@ def token_losses(
 
 def _losses(
     hidden: torch.Tensor, tokens: torch.Tensor, teacher: torch.Tensor | None, head: Head
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = head(hidden).float()
     losses = cross_entropy(logits, tokens, reduction="none")
     if teacher is None:
-        return losses, torch.zeros_like(losses)
+        return losses, torch.zeros_like(losses), torch.ones_like(losses)
     with torch.no_grad():
         wanted = log_softmax(head(teacher).float(), dim=-1)
+        certainty = wanted.gather(1, tokens[:, None])[:, 0].exp()
     found = log_softmax(logits, dim=-1)
-    return losses, kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
+    divergence = kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
+    return losses, divergence, certainty

@@ -94,8 +94,9 @@ class LanguageModel:
         ids = input_ids[:, :_CHECKED_TOKENS]
         mask, targets = torch.ones_like(ids), Targets.of(ids)
         whole = LanguageModel(model, None)
-        expected, _ = whole.losses(model, ids, mask, targets, len(targets.tokens))
-        found, _ = self.losses(self.body, ids, mask, targets, len(targets.tokens))
+        given = ids, mask, targets, len(targets.tokens)
+        expected = whole.losses(model, *given).cross_entropy
+        found = self.losses(self.body, *given).cross_entropy
         if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
             return self
         warnings.warn(

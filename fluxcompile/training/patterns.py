@@ -78,8 +78,8 @@ class PatternLoss(PatternGraph):
         for example in examples:
             ids, labels = (x[None].to(self.device) for x in (example.input_ids, example.labels))
             with soft_routes(self.router, noise=noise):
-                losses, _ = self.language_model.losses(
+                losses = self.language_model.losses(
                     self.run, ids, torch.ones_like(ids), Targets.of(labels), _CHUNK
                 )
-            total += float(losses.mean())
+            total += float(losses.cross_entropy.mean())
         return total / len(examples)

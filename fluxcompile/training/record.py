@@ -29,6 +29,7 @@ _ARGUMENTS = (
     "temperature_anneal",
     "hardness",
     "distillation",
+    "certainty",
     "max_length",
     "start",
     "seed",

@@ -18,8 +18,8 @@ class Rows(NamedTuple):
 
     Attributes:
         lm_loss: ``[B]``, mean cross entropy over the row's targets.
-        divergence: ``[B]``, mean divergence from full attention's predictions of them; zeros
-            unless asked for.
+        divergence: ``[B]``, mean divergence from full attention's predictions of them, weighted
+            as asked for; zeros unless it is.
         shares: fp32 ``[B, R]``, share of full attention of the layers that can be sparse at all.
         routed: bool ``[L]``, which layers these are.
     """
@@ -60,12 +60,15 @@ class RoutedModule(nn.Module):
         attention_mask: torch.Tensor,
         labels: torch.Tensor,
         distil: bool = False,
+        certainty: float = 0.0,
         **routing: Any,
     ) -> Rows:
         """Run a batch, shapes as :meth:`Trainee.forward` takes them.
 
         Args:
             distil: compare with full attention too, which is one more forward pass.
+            certainty: how far the divergence at a token is multiplied by the probability that full
+                attention gives to it.
             routing: settings of :func:`fluxcompile.soft_routes`.
         """
         language_model, run = self._language_model
@@ -81,5 +84,9 @@ class RoutedModule(nn.Module):
                 run, input_ids, attention_mask, targets, self.logits_chunk, teacher
             )
             shares, routed = routes.shares(), routes.routed
-        means = [row_means(values, targets.rows, len(input_ids)) for values in losses]
+        weighted = losses.divergence * (1 + certainty * (losses.certainty - 1))
+        means = [
+            row_means(values, targets.rows, len(input_ids))
+            for values in (losses.cross_entropy, weighted)
+        ]
         return Rows(*means, shares[:, routed], routed)

@@ -126,6 +126,7 @@ class Trainee(RoutedModule):
         prompt_length: torch.Tensor | None = None,
         hardness: float = 0.0,
         distillation: float = 0.0,
+        certainty: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Objective of one batch.
 
@@ -141,6 +142,8 @@ class Trainee(RoutedModule):
             hardness: how far the mixture is drawn to hard routes.
             distillation: share of the divergence from full attention in what is descended; the
                 rest is the language-model loss.
+            certainty: how far the divergence at a token is multiplied by the probability that full
+                attention gives to it.
 
         Returns:
             ``loss``, the scalar to descend; without gradient, fp32 ``[B]`` each: ``lm_loss``,
@@ -153,6 +156,7 @@ class Trainee(RoutedModule):
             attention_mask,
             labels,
             distil=distillation > 0,
+            certainty=certainty,
             temperature=temperature,
             noise=noise,
             prompt_length=prompt_length,

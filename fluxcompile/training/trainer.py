@@ -136,6 +136,7 @@ class RouterTrainer(CompiledTrainer):
             "temperature": self.temperatures(step),
             "hardness": self.args.hardness * self.temperatures.progress(step),
             "distillation": self.args.distillation,
+            "certainty": self.args.certainty,
         }
 
     def logged(self) -> dict[str, float]:

@@ -46,10 +46,13 @@ def test_divergence_from_a_teacher_with_gradients(chunk):
     hidden.requires_grad_(True)
     weight = torch.randn(7)
     tokens = torch.randint(0, 61, (7,))
-    found = token_losses(hidden, tokens, head, chunk, teacher).divergence
+    losses = token_losses(hidden, tokens, head, chunk, teacher)
+    found, certainty = losses.divergence, losses.certainty
     wanted, given = head(teacher).softmax(-1), head(hidden).softmax(-1)
     expected = (wanted * (wanted / given).log()).sum(dim=-1)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(certainty, wanted[range(7), tokens])
+    assert not certainty.requires_grad
     gradients = torch.autograd.grad((expected * weight).sum(), hidden)
     torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), hidden), gradients)
     agreed = token_losses(teacher, tokens, head, chunk, teacher).divergence
@@ -58,9 +61,9 @@ def test_divergence_from_a_teacher_with_gradients(chunk):
 
 def test_no_target_at_all_gives_no_loss():
     hidden = torch.zeros(0, 8, requires_grad=True)
-    losses, _ = token_losses(hidden, torch.zeros(0, dtype=torch.int64), nn.Linear(8, 61), 4)
-    assert losses.shape == (0,)
-    losses.sum().backward()
+    losses = token_losses(hidden, torch.zeros(0, dtype=torch.int64), nn.Linear(8, 61), 4)
+    assert [values.shape for values in losses] == [(0,)] * 3
+    losses.cross_entropy.sum().backward()
 
 
 def test_losses_are_those_of_the_models_own_logits():
@@ -72,7 +75,7 @@ def test_losses_are_those_of_the_models_own_logits():
     halves = LanguageModel.of(model).checked(model, ids)
     assert halves.head is not None
     for split in (halves, LanguageModel(model, None)):
-        found, _ = split.losses(split.body, ids, mask, targets, 3)
+        found = split.losses(split.body, ids, mask, targets, 3).cross_entropy
         torch.testing.assert_close(found, expected[labels[:, 1:].flatten() != IGNORED])
 
 

@@ -212,6 +212,8 @@ def test_training_goes_on_from_a_router_and_keeps_what_was_attached():
         ({"learning_rates": 1.0}, ConfigError, r"unknown 'learning_rates'.*"),
         ({"batch_size": 3}, ConfigError, "multiple of 1 processes"),
         ({"batch_size": 0}, ConfigError, "batch_size"),
+        ({"certainty": 0.5}, ConfigError, "certainty: expected 0 without distillation"),
+        ({"certainty": 2, "distillation": 1.0}, ConfigError, "certainty"),
         ({"max_steps": -1}, ConfigError, "max_steps"),
         ({"lowering": "nvcc"}, ConfigError, "lowering"),
         ({"temperature_anneal": 2}, ConfigError, "temperature_anneal"),
@@ -284,3 +286,9 @@ def test_distillation_descends_the_divergence_from_full_attention(tmp_path):
     )
     # No penalty at the first step, where λ is 0: all of the objective is the divergence.
     assert logs[0]["loss"] == pytest.approx(sum(found[0]) / 2, rel=1e-4)
+    # The same examples and noise: a token counts less, the less likely full attention finds it.
+    once = settings | {"max_steps": 1, "save_steps": 1}
+    model = tiny_model(initializer_range=0.3)
+    train_router(model, tiny_data(), distillation=1.0, certainty=1.0, **once)
+    (less,) = state_of(tmp_path / "checkpoint-1")["log_history"]
+    assert 0 < less["divergence/retrieval"] < 0.7 * found[0][0]
