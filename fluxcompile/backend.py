@@ -34,6 +34,7 @@ from fluxcompile.runtime import CompiledGraph
 from fluxcompile.shared_graph import SharedGraph, Sharing
 from fluxcompile.torch_internals import naming_versions
 from fluxcompile.training_graph import (
+    SharedTrainingGraph,
     TrainingGraph,
     prepare_training,
     refuse_checkpointed,
@@ -42,6 +43,9 @@ from fluxcompile.training_graph import (
 
 #: puts the lowered graph behind what passes its additional inputs and takes its additional outputs
 _Runtime = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+#: what holds a router's weights, or the router
+_OURS = CompiledGraph | SharedGraph | TrainingGraph | SharedTrainingGraph
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +127,7 @@ def compile_graph(
         lowered = lower(gm, inputs, without_graphs_of_prompts(options, result.sites))
     compiled = run(lowered)
     tie = tie_of(planner.attachment) if planner.attachment else None
-    if tie is not None and isinstance(compiled, CompiledGraph | SharedGraph | TrainingGraph):
+    if tie is not None and isinstance(compiled, _OURS):
         return EndingGraph(compiled, tie)
     return compiled
 
@@ -143,7 +147,10 @@ def _train(result: Rewrite, planner: Planner, inputs: list[Any], refuse: bool) -
         return _as_it_is
     io, examples = prepared
     inputs += examples
-    return functools.partial(TrainingGraph, io=io)
+    if planner.shared is None:
+        return functools.partial(TrainingGraph, io=io)
+    sharing = Sharing(planner.shared, planner.layer_of, planner.layer_names)
+    return functools.partial(SharedTrainingGraph, io=io, sharing=sharing)
 
 
 def _infer(result: Rewrite, planner: Planner, inputs: list[Any]) -> _Runtime:

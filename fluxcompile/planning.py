@@ -81,7 +81,7 @@ class Planner:
         Legal because such a graph has one attention, and what is compiled into it depends on the
         layer by its ``Roles`` alone: its router's tensors become inputs.
         """
-        if self._table is None or self.training is not None or len(sites) != 1:
+        if self._table is None or len(sites) != 1:
             return
         (site,) = sites
         if site.weight is None or site.layer is None:

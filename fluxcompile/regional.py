@@ -57,8 +57,6 @@ def compile_regions(
     Raises:
         OptionError: the options want the whole model, or it has no stack of decoder layers.
     """
-    if options.mode == "train":
-        raise OptionError('regional: expected mode "infer", got mode "train"')
     names = _attention_names(model)
     backend = RegionalFlux(options, LayerTable(model, names))
     runs: dict[Hashable, Callable[..., Any]] = {}

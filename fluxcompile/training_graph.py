@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fluxcompile.errors import RewriteError, RouterError
+from fluxcompile.kernels.masks.flags import READABLE
 from fluxcompile.passes.graph_util import hint, op_name, value_of
 from fluxcompile.passes.insert_shares import RouterTensor
 from fluxcompile.passes.pipeline import Rewrite
@@ -18,6 +19,7 @@ from fluxcompile.passes.site import SkipReason
 from fluxcompile.planning import Planner
 from fluxcompile.route_io import append_output
 from fluxcompile.router import FluxRouter
+from fluxcompile.shared_graph import Sharing
 from fluxcompile.soft_routes import active_soft_routes
 
 
@@ -30,13 +32,14 @@ class TrainingIO:
         soft: the graph takes temperature, noise and hardness.
         prompts: the graph takes the lengths of the prompts.
         tensors: the router tensors that the graph takes.
-        layers: the columns of the graph's shares, its last output or last but one,
-            fp32 ``[B, len(layers)]``.
-        features: the graph's last output is what those layers' routers read, fp32
-            ``[B, len(layers), F]``.
+        layers: the columns of the graph's shares, fp32 ``[B, len(layers)]``, the first output
+            that it has beyond the traced ones.
+        features: the next is what those layers' routers read, fp32 ``[B, len(layers), F]``.
+        masks: the last are the flags of masks that are read as it runs, bool ``[4, N]``.
         fixed: layers that are full attention whatever their router says.
         batch: the batch size, or the input (and its axis, if a tensor) that has it.
         device: where the graph computes.
+        shared: the graph serves several layers, of which this is one: it takes that one's noise.
     """
 
     router: FluxRouter
@@ -45,9 +48,20 @@ class TrainingIO:
     tensors: tuple[RouterTensor, ...]
     layers: tuple[int, ...]
     features: bool
+    masks: bool
     fixed: tuple[int, ...]
     batch: int | tuple[int, int | None]
     device: torch.device
+    shared: bool = False
+
+    def of_layer(self, layer: int) -> TrainingIO:
+        """What a shared graph takes and leaves when it is called for ``layer``."""
+        return replace(
+            self,
+            tensors=tuple(replace(name, layer=layer) for name in self.tensors),
+            layers=(layer,) * len(self.layers),
+            fixed=(layer,) * len(self.fixed),
+        )
 
     def inputs(self, traced: Sequence[Any]) -> list[torch.Tensor]:
         """This call's additional inputs.
@@ -59,6 +73,8 @@ class TrainingIO:
         found: list[torch.Tensor] = []
         if self.soft:
             noise = active.noise_on(self.device, self._batch_of(traced))
+            if self.shared:
+                noise = noise[:, self.layers].contiguous()
             found += [
                 active.temperature_on(self.device),
                 noise,
@@ -83,7 +99,8 @@ class TrainingIO:
         on = {"dtype": torch.float32, "device": self.device}
         found = []
         if self.soft:
-            noise = torch.empty(batch, len(self.router.layer_names), 2, **on)
+            columns = 1 if self.shared else len(self.router.layer_names)
+            noise = torch.empty(batch, columns, 2, **on)
             found = [torch.empty((), **on), noise, torch.empty((), **on)]
         if self.prompts:
             found.append(torch.empty(batch, dtype=torch.int64, device=self.device))
@@ -122,6 +139,9 @@ class TrainingGraph:
         outputs = self._compiled(*inputs, *io.inputs(inputs))
         soft = active_soft_routes(io.router)
         if io.layers:
+            if io.masks:
+                *outputs, flags = outputs
+                _check_readable(flags)
             if io.features:
                 *outputs, features = outputs
                 soft.leave_features(io.layers, features)
@@ -129,6 +149,26 @@ class TrainingGraph:
             soft.leave(io.layers, shares)
         soft.leave(io.fixed, None)
         return outputs
+
+
+class SharedTrainingGraph:
+    """The same for one graph of all layers that differ in their weights alone.
+
+    A weight of the layer, among the graph's inputs, tells which one it is called for: see
+    :mod:`fluxcompile.shared_graph`.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], io: TrainingIO, sharing: Sharing) -> None:
+        self._compiled = compiled
+        self._io = io
+        self._sharing = sharing
+        self._graphs: dict[int, TrainingGraph] = {}
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        layer = self._sharing.layer_of(inputs[self._sharing.weight])
+        if layer not in self._graphs:
+            self._graphs[layer] = TrainingGraph(self._compiled, self._io.of_layer(layer))
+        return self._graphs[layer](*inputs)
 
 
 def prepare_training(
@@ -147,6 +187,8 @@ def prepare_training(
         append_output(result.gm, source.shares)
     if source.features:
         append_output(result.gm, source.features)
+    if source.mask_flags:
+        append_output(result.gm, source.mask_flags)
     batch, example = source.batch, source.batch
     if not isinstance(batch, int):
         node, axis = batch
@@ -160,11 +202,27 @@ def prepare_training(
         tensors=tuple(source.tensors),
         layers=tuple(source.layers),
         features=bool(source.features),
+        masks=bool(source.mask_flags),
         fixed=tuple(source.fixed),
         batch=batch,
         device=source.device,
+        shared=planner.shared is not None,
     )
     return io, io.examples(example)
+
+
+def _check_readable(flags: torch.Tensor) -> None:
+    """What sparse attention is under any other mask nobody has said: a route would change nothing.
+
+    Raises:
+        RewriteError: a mask is not causal attention to valid keys.
+    """
+    if not bool(flags[READABLE].all()):
+        raise RewriteError(
+            'mode "train": expected masks that are causal over valid keys, got one that is not (a '
+            "sliding window's, where decoder layers are compiled one by one: compile the model as "
+            "a whole)"
+        )
 
 
 def refuse_untrained(result: Rewrite) -> None:

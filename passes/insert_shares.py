@@ -35,9 +35,12 @@ class RouterTensor:
 class ShareSource:
     """Gives each site its rows' shares of full attention, or their locked routes.
 
+    Args:
+        shared: the graph serves several layers: nothing in it says which one it is called for.
+
     Attributes:
         temperature, noise, hardness: graph inputs fp32 ``[]``, ``[B, L, 2]`` and ``[]``; None
-            before the first soft share.
+            before the first soft share. The noise of a shared graph is its layer's, ``[B, 1, 2]``.
         prompt_length: graph input int64 ``[B]``; None before the first share.
         tensors: the router tensors among the graph's inputs, in order.
         layers: the layer of each share. fixed: layers that are full attention always.
@@ -45,12 +48,16 @@ class ShareSource:
         weights: what rows are mixed with, fp32 ``[B]`` each.
         features: what the router of each share read, fp32 ``[B, F]`` without gradient; only of
             routers that standardise, whose calibration needs it.
+        mask_flags: of masks that are read as the graph runs, bool ``[4]`` on the CPU each, once.
         batch: the batch size, or the input (and axis) that carries it. device: the queries'.
     """
 
-    def __init__(self, emitter: Emitter, masks: MaskOperandCache, pooling: Pooling) -> None:
+    def __init__(
+        self, emitter: Emitter, masks: MaskOperandCache, pooling: Pooling, shared: bool = False
+    ) -> None:
         self._emitter = emitter
         self._pooling = pooling
+        self._shared = shared
         self._reader = RouterReader(emitter, masks, pooling)
         self.temperature: fx.Node | None = None
         self.noise: fx.Node | None = None
@@ -62,6 +69,7 @@ class ShareSource:
         self.shares: list[fx.Node] = []
         self.weights: list[fx.Node] = []
         self.features: list[fx.Node] = []
+        self.mask_flags: list[fx.Node] = []
         self.batch: int | tuple[fx.Node, int | None] = 0
         self.device = torch.device("cpu")
 
@@ -79,7 +87,8 @@ class ShareSource:
             self.hardness = emitter.placeholder("flux_hardness")
         logits = self._logits(site, router, differentiable=True)
         with emitter.after(logits):
-            noise = emitter.item(self.noise, (slice(None), site.layer))
+            column = 0 if self._shared else site.layer
+            noise = emitter.item(self.noise, (slice(None), column))
             share = emitter.call(full_share, (logits, noise, self.temperature), like=site.output)
         self._keep(site, share)
         return share
@@ -134,4 +143,6 @@ class ShareSource:
 
     def _input(self, layer: int, path: str) -> fx.Node:
         self.tensors.append(RouterTensor(layer, path))
-        return self._emitter.placeholder(f"flux_router_{layer}_{path.replace('.', '_')}")
+        # Cached code is found by what the graph says: equal layers say the same.
+        owner = "router" if self._shared else f"router_{layer}"
+        return self._emitter.placeholder(f"flux_{owner}_{path.replace('.', '_')}")

@@ -32,7 +32,7 @@ from fluxcompile.passes.emit import Emitter, UnknownSize
 from fluxcompile.passes.insert_shares import ShareSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan, Training
-from fluxcompile.passes.site import AttentionSite, CacheKind, Skip, SkipReason
+from fluxcompile.passes.site import AttentionSite, CacheKind, GivenMask, Skip, SkipReason
 
 #: sparse modes that can be differentiated
 DIFFERENTIABLE = ("streaming", "triangle")
@@ -76,7 +76,7 @@ class _Mixer:
         self._masks = masks
         self._plan = plan
         self._last: dict[MaskOperands, fx.Node] = {}
-        self.source = ShareSource(emitter, masks, plan.config.pooling)
+        self.source = ShareSource(emitter, masks, plan.config.pooling, plan.shared)
 
     def policy(self, site: AttentionSite) -> Policy:
         return self._plan.policies.get(site.layer, Policy.FULL)
@@ -97,6 +97,8 @@ class _Mixer:
             return self._full(site, operands)
         if policy is Policy.SPARSE:
             return self._static(site, operands)
+        if isinstance(site.mask, GivenMask) and operands.flags not in self.source.mask_flags:
+            self.source.mask_flags.append(operands.flags)
         router = self._plan.routers[site.layer]
         if self._plan.training is Training.LOCKED:
             route = self.source.locked(site, router)

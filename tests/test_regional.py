@@ -213,8 +213,6 @@ def test_a_model_that_goes_takes_its_code_along(ids):
 
 
 def test_refusals():
-    with pytest.raises(OptionError, match='expected mode "infer"'):
-        regional(llama("SF"), mode="train")
     with pytest.raises(OptionError, match="regional: expected None, False or True"):
         fluxcompile.compile(llama("SF"), regional="layers")
     alone_in_it = nn.Module()

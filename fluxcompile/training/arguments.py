@@ -56,6 +56,8 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         calibration_rows: examples over which the features of a router that standardises them are
             measured, before the first step. A router that has been measured before is left as it
             is.
+        regional: compile decoder layers one by one, equal ones once: the first step comes much
+            sooner. Not for models with sliding windows, nor with ``shard_backbone``.
         shard_backbone: split the backbone's matrices over the processes of each machine instead
             of copying it to each: see :mod:`fluxcompile.training.sharding`.
 
@@ -106,6 +108,9 @@ class RouterTrainingArguments(CompiledTrainingArguments):
     calibration_rows: int = field(
         default=64, metadata={"help": "Examples that features are standardised over."}
     )
+    regional: bool = field(
+        default=False, metadata={"help": "Compile decoder layers one by one, equal ones once."}
+    )
     shard_backbone: bool = field(
         default=False, metadata={"help": "Split the backbone over the processes of a machine."}
     )
@@ -136,6 +141,8 @@ class RouterTrainingArguments(CompiledTrainingArguments):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError.mismatch(name, "a number in [0, 1]", f"{value!r}")
+        if self.regional and self.shard_backbone:
+            raise ConfigError.mismatch("regional", "False with shard_backbone", True)
         if self.certainty and not self.distillation:
             raise ConfigError.mismatch("certainty", "0 without distillation", self.certainty)
         if self.start not in (None, GREEDY) and not isinstance(self.start, Mapping):

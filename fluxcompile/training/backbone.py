@@ -10,6 +10,8 @@ from torch import nn
 from fluxcompile.attachment import attach, attachment_of, detach
 from fluxcompile.errors import TrainingError
 from fluxcompile.model_layers import text_config
+from fluxcompile.options import CompileOptions
+from fluxcompile.regional import compile_regions
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.examples import Example, prepare
 from fluxcompile.training.fingerprint import changed, fingerprint
@@ -117,19 +119,60 @@ def compiled(
         inductor: as the backend's option.
         routes: ``"locked"`` for hard routes that are not trained; None for soft ones.
     """
+    options = _options(router, lowering=lowering, inductor=inductor, routes=routes)
+    return torch.compile(body, backend="flux", options=options)
+
+
+class Regions:
+    """``body`` with its decoder layers compiled one by one, equal ones once, in each call alone.
+
+    Outside of the call the layers are what they were: the same model with full attention, say, is
+    their teacher.
+
+    Args:
+        model: what ``router`` is attached to.
+        body: it, or the part of it to run.
+        router, lowering, inductor: as :func:`compiled` takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        body: nn.Module,
+        router: FluxRouter,
+        *,
+        lowering: str,
+        inductor: dict[str, Any] | None = None,
+    ) -> None:
+        options = CompileOptions.parse(_options(router, lowering=lowering, inductor=inductor), None)
+        self._body = body
+        self._calls = compile_regions(model, options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            for layer, call in self._calls.items():
+                layer._compiled_call_impl = call
+            return self._body(*args, **kwargs)
+        finally:
+            for layer in self._calls:
+                layer._compiled_call_impl = None
+
+
+def _options(
+    router: FluxRouter,
+    *,
+    lowering: str,
+    inductor: dict[str, Any] | None,
+    routes: str | None = None,
+) -> dict[str, Any]:
     # The router is named although it is attached: Dynamo hands the graph of one model to the next
     # of the same shape, and only different options tell it not to.
-    options: dict[str, Any] = {
-        "mode": "train",
-        "strict": True,
-        "lowering": lowering,
-        "router": router,
-    }
+    options = {"mode": "train", "strict": True, "lowering": lowering, "router": router}
     if inductor:
         options["inductor"] = inductor
     if routes is not None:
         options["routes"] = routes
-    return torch.compile(body, backend="flux", options=options)
+    return options
 
 
 @contextlib.contextmanager
