@@ -8,7 +8,7 @@ on from there.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -29,6 +29,28 @@ _LEARNING_RATE, _DECAY = 1e-3, 0.1
 logger = logging.getLogger(__name__)
 
 
+def check_start(
+    start: str | Mapping[str, Sequence[int]] | None, tasks: Iterable[str], layers: int
+) -> None:
+    """Refuse impossible routes before anything takes time.
+
+    Args:
+        start: as :class:`fluxcompile.training.RouterTrainingArguments` takes it.
+        tasks: names of those in the data.
+        layers: of the model.
+
+    Raises:
+        ConfigError: routes for other tasks, or not one 0 or 1 a layer.
+    """
+    if not isinstance(start, Mapping):
+        return
+    if set(start) != set(tasks):
+        raise ConfigError.mismatch("start", f"routes for {sorted(tasks)}", sorted(start))
+    for task, routes in start.items():
+        if len(routes) != layers or not set(routes) <= {0, 1}:
+            raise ConfigError.mismatch(f"start of {task!r}", f"{layers} of 0 and 1", list(routes))
+
+
 def start_routes(
     start: str | Mapping[str, Sequence[int]],
     targets: Mapping[str, float],
@@ -38,24 +60,16 @@ def start_routes(
     """The routes that each task starts with, 1 for full attention.
 
     Args:
-        start: ``"greedy"``, or the routes themselves by task.
+        start: ``"greedy"``, or the routes themselves by task, as :func:`check_start` lets pass.
         targets: of every task, the share of layers to make sparse.
         layers: of the model.
         costs: of every task, what routes cost on it; for the search.
-
-    Raises:
-        ConfigError: routes for other tasks, or not one 0 or 1 a layer.
     """
     if start == GREEDY:
         found = {task: _greedy(costs[task], layers, targets[task]) for task in targets}
         for task, routes in found.items():
             logger.info("start routes of %s: %s", task, ",".join(map(str, routes)))
         return found
-    if set(start) != set(targets):
-        raise ConfigError.mismatch("start", f"routes for {sorted(targets)}", sorted(start))
-    for task, routes in start.items():
-        if len(routes) != layers or not set(routes) <= {0, 1}:
-            raise ConfigError.mismatch(f"start of {task!r}", f"{layers} of 0 and 1", list(routes))
     return {task: tuple(map(int, start[task])) for task in targets}
 
 

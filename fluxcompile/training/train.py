@@ -27,6 +27,7 @@ from fluxcompile.training.processes import barrier
 from fluxcompile.training.record import write_card
 from fluxcompile.training.sharding import sharded
 from fluxcompile.training.tasks import Task, resolve_tasks
+from fluxcompile.training.start import check_start
 from fluxcompile.training.trainee import Trainee
 from fluxcompile.training.trainer import RouterTrainer
 
@@ -83,6 +84,7 @@ def train_router(
         examples = prepare_examples(model, router.config, data, tokenizer, known, arguments)
         used = {example.task for example in examples}
         present = {name: task for name, task in known.items() if name in used}
+        check_start(arguments.start, present, len(router.layer_names))
         settings = arguments.to_dict()
         with contextlib.ExitStack() as stack:
             stack.enter_context(backbone.frozen(model))

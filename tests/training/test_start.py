@@ -8,7 +8,7 @@ import torch
 import fluxcompile
 from fluxcompile import FluxRouter, train_router
 from fluxcompile.errors import ConfigError
-from fluxcompile.training.start import GREEDY, start_routes
+from fluxcompile.training.start import GREEDY, check_start, start_routes
 from tests.training.tiny import CONFIG, QUICK, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
@@ -72,7 +72,7 @@ def test_search_makes_the_cheapest_layers_sparse():
 )
 def test_routes_of_other_tasks_or_layers_are_refused(start, message):
     with pytest.raises(ConfigError, match=message):
-        start_routes(start, {"retrieval": 0.5, "holistic": 0.5}, 2, {})
+        check_start(start, ("retrieval", "holistic"), 2)
 
 
 @pytest.mark.parametrize(
