@@ -26,8 +26,8 @@ from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.processes import barrier
 from fluxcompile.training.record import write_card
 from fluxcompile.training.sharding import sharded
-from fluxcompile.training.tasks import Task, resolve_tasks
 from fluxcompile.training.start import check_start
+from fluxcompile.training.tasks import Task, resolve_tasks
 from fluxcompile.training.trainee import Trainee
 from fluxcompile.training.trainer import RouterTrainer
 
