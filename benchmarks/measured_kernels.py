@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from peers import SDPA, flex_causal, flex_streaming, masked_sdpa, sdpa
+from peers import SDPA, flash_attention_4, flex_causal, flex_streaming, masked_sdpa, sdpa
 
 from common import device_seconds, replayed_seconds, synchronise, typical_seconds
 from fluxcompile import FluxConfig
@@ -146,6 +146,10 @@ def dense(s: Setting) -> list[Measurement]:
     peers = {name: lambda name=name: sdpa(name, q, k, v) for name in SDPA}
     flex = flex_causal(s.length, s.device)
     peers["Flex"] = lambda: flex(q, k, v)
+    newest = flash_attention_4() if q.is_cuda else None
+    if newest is not None:
+        checked("FA4", newest(q, k, v).transpose(1, 2), peers["cuDNN"]().transpose(1, 2))
+        peers["FA4"] = lambda: newest(q, k, v)
     error = checked("dense", ours(), peers["cuDNN"]().transpose(1, 2))
     seconds = device_seconds(ours, s.device)
     times = {name: device_seconds(peer, s.device) for name, peer in peers.items()}

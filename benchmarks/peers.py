@@ -23,6 +23,23 @@ def sdpa(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
+def flash_attention_4() -> Callable[..., torch.Tensor] | None:
+    """Causal attention ``[B, H, S, D]`` by FlashAttention 4, if it is installed.
+
+    ``pip install --pre flash-attn-4 "nvidia-cutlass-dsl[cu13]"``; it compiles at its first call.
+    """
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        return None
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return attention
+
+
 def flex_causal(length: int, device: str) -> Callable[..., torch.Tensor]:
     return _flex(_block_mask(_causal, length, device))
 
