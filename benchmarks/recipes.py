@@ -68,8 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     recipes = read_recipes(args.recipes, args.only)
     runs = [Run(recipe, seed) for seed in args.seeds for recipe in recipes]
     more = [] if args.steps is None else ["--steps", str(args.steps)]
-    slots: list[str | None] = [None] if args.cpu else visible_gpus() * args.per_gpu
-    if not slots:
+    gpus: list[str | None] = [None] if args.cpu else visible_gpus() * args.per_gpu
+    if not gpus:
         raise OptionError.mismatch("GPUs", "at least one (or --cpu)", "none")
     if args.cpu:
         more.append("--cpu")
@@ -80,12 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
     for recipe in recipes:
         print(f"{recipe.name:>16}: {recipe.why}")
     left = [run for run in runs if run.name not in before]
-    print(f"{len(left)} runs, {len(slots)} at a time, {len(runs) - len(left)} done before")
+    print(f"{len(left)} runs, {len(gpus)} at a time, {len(runs) - len(left)} done before")
 
     ended: dict[str, dict] = {run.name: before[run.name] for run in runs if run.name in before}
     started = time.perf_counter()
     with Runner(
-        left, command=args.command, output=args.output, slots=slots, limit=args.seconds, more=more,
+        left, command=args.command, output=args.output, gpus=gpus, limit=args.seconds, more=more,
         resume=args.resume,
     ) as runner:  # fmt: skip
         for one in runner:
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(line(ended[one.run.name]), flush=True)
             ordered = [ended[run.name] for run in runs if run.name in ended]
             record = {"benchmark": "recipes", "environment": where, "file": str(args.recipes),
-                      "at_once": len(slots), "seconds": time.perf_counter() - started,
+                      "at_once": len(gpus), "seconds": time.perf_counter() - started,
                       "runs": ordered}  # fmt: skip
             write_json(args.output / "recipes.json", record)
     records = [ended[run.name] for run in runs]

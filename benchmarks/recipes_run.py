@@ -1,19 +1,15 @@
 """Training runs as processes: so many at a time, each on one GPU, until a limit."""
 
 import json
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import slots
 from recipes_file import Recipe
 
-POLL = 0.2  # seconds between looks at what has ended
-PATIENCE = 15.0  # seconds from asking a process to end to ending it
 STATE = "trainer_state.json"
 
 
@@ -42,6 +38,7 @@ class Ended:
         run: which.
         arguments: of ``fluxcompile train``.
         seconds: it took.
+        outcome: ``"done"``, ``"failed"``, ``"stopped"`` or ``"not begun"``.
         exit_code: None if it was stopped at the limit, or never begun.
         final: the last logs of its training, by name; empty if there are none.
     """
@@ -49,47 +46,9 @@ class Ended:
     run: Run
     arguments: list[str]
     seconds: float
+    outcome: str
     exit_code: int | None
     final: dict[str, float]
-
-    @property
-    def outcome(self) -> str:
-        """``"done"``, ``"failed"``, ``"stopped"`` or ``"not begun"``."""
-        if self.exit_code is None:
-            return "stopped" if self.seconds else "not begun"
-        return "failed" if self.exit_code else "done"
-
-
-class Running:
-    """A run's process, with the processes that it may start itself."""
-
-    def __init__(
-        self, run: Run, command: list[str], arguments: list[str], *, output: Path,
-        slot: str | None, threads: int, append: bool,
-    ) -> None:  # fmt: skip
-        self.run, self.arguments, self.output, self.slot = run, arguments, output, slot
-        self.started = time.perf_counter()
-        # Run as `-m fluxcompile` from a checkout, Python must not take its folders for packages.
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
-        if slot is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = slot
-        with (output / f"{run.name}.log").open("a" if append else "w") as log:
-            self.process = subprocess.Popen(
-                [*command, *arguments], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-            )  # fmt: skip
-
-    def ended(self, stopped: bool = False) -> Ended:
-        """For a process that has ended, by itself or ``stopped``."""
-        code = None if stopped else self.process.returncode
-        seconds = time.perf_counter() - self.started
-        final = last_logs(self.output / self.run.name)
-        return Ended(self.run, self.arguments, seconds, code, final)
-
-    def signal(self, number: int) -> None:
-        """To the process and all that it has started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
 
 
 class Runner:
@@ -99,7 +58,7 @@ class Runner:
         runs: in the order in which they begin.
         command: what ``fluxcompile train`` is called by.
         output: folder of logs and routers.
-        slots: one entry for each process at a time: the GPU that it sees, or None for what there
+        gpus: one entry for each process at a time: the GPU that it sees, or None for what there
             is.
         limit: seconds, after which whatever runs is stopped; None: no limit.
         more: arguments of every run that override its recipe's.
@@ -108,66 +67,41 @@ class Runner:
 
     def __init__(
         self, runs: Sequence[Run], *, command: Sequence[str], output: Path,
-        slots: Sequence[str | None], limit: float | None = None, more: Sequence[str] = (),
+        gpus: Sequence[str | None], limit: float | None = None, more: Sequence[str] = (),
         resume: bool = False,
     ) -> None:  # fmt: skip
-        self.waiting, self.command, self.output = list(runs), list(command), output
-        self.slots, self.limit, self.more = list(slots), limit, list(more)
-        self.resume = resume
-        self.running: list[Running] = []
-        at_once = min(len(self.slots), len(self.waiting)) or 1
-        self.threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+        self.output, self.runs = output, {run.name: run for run in runs}
+        self.arguments: dict[str, list[str]] = {}
+        jobs = []
+        for run in runs:
+            begun = resume and any((output / run.name).glob("checkpoint-*"))
+            arguments = run.arguments(output, more) + ["--resume"] * begun
+            self.arguments[run.name] = arguments
+            # Run as `-m fluxcompile` from a checkout, Python must not take folders for packages.
+            jobs.append(slots.Job(run.name, [*command, *arguments], output / f"{run.name}.log",
+                                  append=begun, environment={"PYTHONSAFEPATH": "1"}))  # fmt: skip
+        at_once = min(len(gpus), len(runs)) or 1
+        threads = max(1, len(slots.cores()) // at_once)
+        self.processes = slots.Processes(
+            jobs, [slots.Slot(gpu, threads) for gpu in gpus],
+            deadline=None if limit is None else time.monotonic() + limit,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
-        self.started = time.perf_counter()
-        self.output.mkdir(parents=True, exist_ok=True)
+        self.processes.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        self._stop()
+    def __exit__(self, *error) -> None:
+        self.processes.__exit__(*error)
 
     def __iter__(self) -> Iterator[Ended]:
         """Begins runs and yields each as it ends; at the limit, the rest."""
-        while self.waiting or self.running:
-            while self.waiting and self.slots:
-                self._begin(self.waiting.pop(0), self.slots.pop(0))
-            for running in [one for one in self.running if one.process.poll() is not None]:
-                self.running.remove(running)
-                self.slots.append(running.slot)
-                yield running.ended()
-            if self.limit is not None and time.perf_counter() - self.started > self.limit:
-                yield from self._rest()
-                return
-            time.sleep(POLL)
-
-    def _begin(self, run: Run, slot: str | None) -> None:
-        arguments = run.arguments(self.output, self.more)
-        begun = self.resume and any((self.output / run.name).glob("checkpoint-*"))
-        if begun:
-            arguments.append("--resume")
-        self.running.append(
-            Running(run, self.command, arguments, output=self.output, slot=slot,
-                    threads=self.threads, append=begun)
-        )  # fmt: skip
-
-    def _rest(self) -> Iterator[Ended]:
-        for running in self._stop():
-            yield running.ended(stopped=True)
-        for run in self.waiting:
-            yield Ended(run, run.arguments(self.output, self.more), 0.0, None, {})
-
-    def _stop(self) -> list[Running]:
-        stopped, self.running = self.running, []
-        for running in stopped:
-            running.signal(signal.SIGTERM)
-        until = time.perf_counter() + PATIENCE
-        for running in stopped:
-            try:
-                running.process.wait(max(0.0, until - time.perf_counter()))
-            except subprocess.TimeoutExpired:
-                running.signal(signal.SIGKILL)
-                running.process.wait()
-        return stopped
+        for one in self.processes:
+            name = one.job.name
+            final = {} if one.outcome == "not begun" else last_logs(self.output / name)
+            yield Ended(
+                self.runs[name], self.arguments[name], one.seconds, one.outcome, one.status, final
+            )
 
 
 def last_logs(folder: Path) -> dict[str, Any]:

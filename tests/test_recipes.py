@@ -59,7 +59,7 @@ def recipes(monkeypatch):
     import recipes
 
     yield recipes
-    for name in ("recipes", "recipes_file", "recipes_run", "common"):
+    for name in ("recipes", "recipes_file", "recipes_run", "slots", "common"):
         sys.modules.pop(name, None)
 
 
