@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fluxcompile.errors import OptionError
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_BOUND = 2e-3  # seconds: what is shorter may wait for Python
 REPLAYED = 10  # calls in the graph that is replayed in its place
@@ -28,13 +30,32 @@ def environment(device: str) -> dict:
     packages = ("torch", "triton", "transformers", "fluxcompile")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
     }
+
+
+def git_commit() -> str:
+    """What FLUXCOMPILE_COMMIT says (for a copy of a tree); else the checkout's commit.
+
+    With ``+`` if the checkout differs from it; ``unknown`` outside one.
+    """
+    if named := os.environ.get("FLUXCOMPILE_COMMIT"):
+        return named
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def seconds(function: Callable[[], object], repeat: int, device: str) -> list[float]:
@@ -114,6 +135,18 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(i) for i in range(count)] if visible is None else visible.split(",")[:count]
+
+
+def some_gpus(count: int) -> list[str]:
+    """The first ``count`` of `visible_gpus`.
+
+    Raises:
+        OptionError: there are not so many.
+    """
+    gpus = visible_gpus()
+    if len(gpus) < count:
+        raise OptionError.mismatch("--gpus", f"at most {len(gpus)}", count)
+    return gpus[:count]
 
 
 def synchronise(device: str) -> None:
@@ -201,25 +234,6 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def _git_commit() -> str:
-    """What FLUXCOMPILE_COMMIT says (for a copy of a tree); else the checkout's commit.
-
-    With ``+`` if the checkout differs from it; ``unknown`` outside one.
-    """
-    if named := os.environ.get("FLUXCOMPILE_COMMIT"):
-        return named
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _version(package: str) -> str | None:

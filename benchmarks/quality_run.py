@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from common import visible_gpus
+from common import some_gpus
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError
 from fluxcompile.evaluation.one_graph import serves
@@ -222,15 +222,13 @@ def environments(device: str, count: int) -> list[dict[str, str]]:
     """
     if device == "cpu":
         return [{} for _ in range(count)]
-    gpus = visible_gpus()
-    if len(gpus) < count:
-        raise OptionError.mismatch("--gpus", f"at most {len(gpus)}", count)
+    gpus = some_gpus(count)
     share = str(max(1, len(os.sched_getaffinity(0)) // count))
     threads = {
         name: os.environ.get(name, share)
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
     }
-    return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for gpu in gpus[:count]]
+    return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for gpu in gpus]
 
 
 def check_patterns(given: Mapping[str, Routes], layers: int) -> None:

@@ -10,15 +10,16 @@ import torch
 
 from common import environment, write_json
 
-#: what has no influence on a row
-ASIDE = ("json", "resume", "only")
+#: what has no influence on a row; `at_once` may have, and is said of each
+ASIDE = ("json", "resume", "only", "at_once")
 
 
 class Record:
     """Rows as they are measured, with what they were measured on.
 
     Rows have a ``name`` each; ``run`` is the time their process started, by which rows that were
-    not measured in one go can be told apart.
+    not measured in one go can be told apart, and ``at_once`` how many benchmarks, this one among
+    them, may have been running on the machine.
 
     Args:
         path: where to write; None for nowhere.
@@ -31,6 +32,7 @@ class Record:
         self, benchmark: str, args: argparse.Namespace, about: dict[str, Any] | None = None
     ) -> None:
         self.path: Path | None = args.json
+        self.at_once: int = args.at_once
         self.run = datetime.now(UTC).isoformat(timespec="seconds")
         where = environment(args.device)
         self.content: dict[str, Any] = {
@@ -61,7 +63,7 @@ class Record:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep ``row``, in the file too, before the next one is measured."""
-        self.rows.append({**row, "run": self.run})
+        self.rows.append({**row, "run": self.run, "at_once": self.at_once})
         write_json(self.path, self.content)
 
     def finish(self) -> list[str]:
@@ -87,8 +89,11 @@ def _same(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
 def parse_with_common(
     parser: argparse.ArgumentParser, arguments: list[str] | None
 ) -> argparse.Namespace:
-    """Parse what ``parser`` knows (``--shape`` among it) and what all scripts with a record take:
-    ``--device``, ``--tiny``, ``--lowering``, ``--only``, ``--json``, ``--resume``."""
+    """Parse what ``parser`` knows, ``--shape`` among it, and what all scripts with a record take.
+
+    These are ``--device``, ``--tiny``, ``--lowering``, ``--only``, ``--json``, ``--resume`` and
+    ``--at-once``.
+    """
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--lowering", default="inductor", help="of flux")
@@ -97,6 +102,10 @@ def parse_with_common(
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that --json has, if they are of this"
     )
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N",
+        help="for the record: so many benchmarks run on this machine, on a GPU each",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     args.shape = "tiny" if args.tiny else args.shape
     return args

@@ -1,6 +1,7 @@
 """All benchmarks of a model's speed, part by part, and one summary of them.
 
     python benchmarks/run.py --output benchmarks/results/h200            # all, on one GPU
+    python benchmarks/run.py --output benchmarks/results/h200 --gpus 8   # a part on each of eight
     python benchmarks/run.py --output ... --minutes 9                    # as far as it gets
     python benchmarks/run.py --output ... --parts decode-128k "prefill-.*"
     python benchmarks/run.py --output ... --device cpu                   # the parts for a CPU
@@ -12,24 +13,32 @@ the same settings and commit, is not run again without ``--fresh``; one that was
 where it was. The summary, ``summary.md`` and ``summary.json``, holds every goal with what was
 found; ``prefill.png`` and ``decode.png`` show times by length, with the floor.
 (Plots need ``pip install "fluxcompile[bench]"``.)
+
+With ``--gpus`` parts run side by side, the longest first, and those that goals need before the
+others. Each sees one GPU, is held to its share of the CPU cores, and prints to
+``OUTPUT/logs/PART.log``. Compile times are measured with nothing else running. Every row's record
+says how many parts ran at once, and so does the summary.
 """
 
 import argparse
 import json
-import os
+import shlex
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from common import environment, print_table, write_json
+from common import git_commit, print_table, some_gpus, write_json
+from fluxcompile.errors import FluxError
 from record import settings_of
 from run_goals import goals
-from run_parts import PARTS, TINY, Part, chosen
+from run_parts import PARTS, TINY, Part, chosen, in_turn
 from run_plots import decode_plot, has_matplotlib, prefill_plot
 from run_results import Results
 from run_summary import goal_rows, markdown, part_rows
+from slots import Ended, Job, Processes, Slot, shares
 
 FOLDER = Path(__file__).parent
 
@@ -41,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder")
     parser.add_argument("--parts", nargs="*", metavar="REGEX", help="only parts named so")
     parser.add_argument("--minutes", type=float, help="stop then, in the middle of a part if it is")
+    parser.add_argument("--gpus", type=int, default=1, help="parts at a time, one on each")
     parser.add_argument("--fresh", action="store_true", help="run again what is there")
     parser.add_argument("--summary", action="store_true", help="run nothing")
     parser.add_argument("--no-plots", action="store_true")
@@ -51,6 +61,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.output is None and not args.list:
         parser.error("--output is needed")
+    if args.gpus < 1 or (args.gpus > 1 and args.device == "cpu"):
+        parser.error("--gpus: expected at least 1, and on a CPU no more")
     return args
 
 
@@ -58,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     parts = chosen(args)
     if args.list:
-        print_table("parts", part_rows(parts, args))
+        print_table(f"parts, {sum(x.minutes for x in parts):g} minutes", part_rows(parts, args))
         return
     left = [] if args.summary else run_parts(parts, args)
     results = Results.load(args.output, TINY if args.tiny else PARTS)
@@ -76,20 +88,59 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_parts(parts: list[Part], args: argparse.Namespace) -> list[str]:
-    """Run what is not there yet; returns the names of the parts that time was too short for."""
+    """Run what is not there yet; returns the names of the parts that time was too short for.
+
+    Raises:
+        OptionError: there are not as many GPUs as ``args`` say.
+    """
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    gpus = some_gpus(args.gpus) if args.gpus > 1 else []
     if args.fresh:
         for part in parts:
             file_of(part, args).unlink(missing_ok=True)
-    commit = environment(args.device)["commit"]
-    for number, part in enumerate(parts):
+    commit = git_commit()
+    waiting = []
+    for part in parts:
         if is_there(part, args, commit):
             print(f"== {part.name}: is there", flush=True)
-            continue
-        print(f"== {part.name}: {part.script}.py {' '.join(part.argv(args))}", flush=True)
-        if not run_part(part, args, deadline):
-            return [part.name for part in parts[number:] if not is_there(part, args, commit)]
-    return []
+        else:
+            waiting.append(part)
+    left, failed = set(), []
+    for group in in_turn(waiting) if gpus else [waiting]:
+        slots = slots_of(group, gpus)
+        jobs = [job_of(part, args, len(slots)) for part in group]
+        with Processes(jobs, slots, deadline=deadline, begins=say_begun) as processes:
+            for ended in processes:
+                name = ended.job.name
+                if ended.outcome != "not begun":
+                    print(f"== {name}: {how_it_ended(ended)}", flush=True)
+                if ended.status is None:
+                    left.add(name)
+                elif ended.status:
+                    failed.append(name)
+    if failed:
+        print(f"{len(failed)} parts failed: {', '.join(failed)}")
+    return [part.name for part in parts if part.name in left]
+
+
+def slots_of(group: Sequence[Part], gpus: Sequence[str]) -> list[Slot]:
+    """For a group of `in_turn`: GPUs with a share of the cores each; without GPUs, all there is."""
+    if not gpus:
+        return [Slot()]
+    if group[0].alone:
+        return [Slot(gpus[0])]
+    count = min(len(gpus), len(group))
+    return [replace(slot, gpu=gpu) for slot, gpu in zip(shares(count), gpus, strict=False)]
+
+
+def say_begun(job: Job, slot: Slot) -> None:
+    where = "" if job.log is None else f" on GPU {slot.gpu}, log {job.log}"
+    print(f"== {job.name}: begins{where}: {shlex.join(job.command[1:])}", flush=True)
+
+
+def how_it_ended(ended: Ended) -> str:
+    said = f"{ended.outcome} after {ended.seconds:.0f} s"
+    return f"{said}, status {ended.status}" if ended.status else said
 
 
 def file_of(part: Part, args: argparse.Namespace) -> Path:
@@ -106,28 +157,20 @@ def is_there(part: Part, args: argparse.Namespace, commit: str) -> bool:
     return record["complete"] and same and record["environment"]["commit"] == commit
 
 
-def run_part(part: Part, args: argparse.Namespace, deadline: float | None) -> bool:
-    """Run to the end, or to ``deadline``; returns whether it was the end."""
-    command = [sys.executable, str(FOLDER / f"{part.script}.py"), *part.argv(args)]
-    command += ["--json", str(file_of(part, args)), "--resume"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    remaining = None if deadline is None else deadline - time.monotonic()
-    if remaining is not None and remaining <= 0:
-        return False
-    # A session of its own, so that its compile workers end with it.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        status = process.wait(remaining)
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if status:
-        print(f"== {part.name}: ended with status {status}", flush=True)
-    return True
+def job_of(part: Part, args: argparse.Namespace, at_once: int) -> Job:
+    """The part's process: with its log in a file, unless all that runs is on one GPU."""
+    file = file_of(part, args)
+    command = [sys.executable, str(FOLDER / f"{part.script}.py"), *part.argv(args),
+               "--json", str(file), "--resume", "--at-once", str(at_once)]  # fmt: skip
+    log = args.output / "logs" / f"{part.name}.log" if args.gpus > 1 else None
+    # A script finds its neighbours beside itself, unless this is set.
+    return Job(part.name, command, log, file.exists(), {"PYTHONSAFEPATH": None})
 
 
 if __name__ == "__main__":
-    main()
+    # Whoever is asked to end stops the parts too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        main()
+    except FluxError as error:
+        raise SystemExit(f"error: {error}") from error

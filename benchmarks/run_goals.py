@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from run_results import Results
+from run_results import Results, at_once
 
 Row = dict[str, Any]
 K = 1024
@@ -84,6 +84,8 @@ def judge(
     notes = [note] if note else []
     if len({row["run"] for row in rows}) > 1:
         notes.append("rows of several runs")
+    if (beside := max(map(at_once, rows))) > 1:
+        notes.append(f"{beside} parts at once")
     return Verdict(goal, *texts, form(found), found, *met, "; ".join(notes))
 
 
@@ -167,8 +169,7 @@ def _routers(results: Results) -> list[Verdict]:
     bounds = {"must": Bound(0.01), "aim": Bound(0.003)}
     found = []
     for kilo in (32, 128):
-        rows = [row for row in results.rows("prefill", "llama-3.1-8b")
-                if "added" in row and row["length"] == kilo * K]  # fmt: skip
+        rows = [row for row in results.rows_of(f"routers-{kilo}k") if "added" in row]
         note = "worst of Ω " + ", ".join(f"{row['omega']:g}" for row in rows) if rows else ""
         found.append(judge(
             f"routers against the same fixed routes, prefill {kilo}K", percent, rows or [None],
@@ -189,11 +190,12 @@ def _routers(results: Results) -> list[Verdict]:
 
 def _router_pairs(results: Results, kilo: int) -> list[tuple[Row, Row]]:
     """Rows under fixed routes, each with that of the routers that decide them."""
-    rows = results.rows_of("decode-routers")
-    routed = [row for row in rows if row["routes"] == "router" and row["length"] == kilo * K]
+    part = f"decode-routers-{kilo}k"
     pairs = []
-    for row in routed:
-        fixed = results.row("decode-routers", row["name"].replace("router", "static"))
+    for row in results.rows_of(part):
+        if row["routes"] != "router":
+            continue
+        fixed = results.row(part, row["name"].replace("router", "static"))
         if fixed is not None:
             pairs.append((fixed, row))
     return pairs

@@ -1,12 +1,13 @@
 """The parts of a whole run: which script with which settings, and how long one takes on an H200.
 
 Lengths are powers of two, K of 1024. A part can be stopped at any time: it goes on with the row it
-was at.
+was at. What is compared, by a goal or in a table, is in one part, and so of one process and GPU.
 """
 
 import argparse
 import importlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 K = 1024
@@ -22,6 +23,9 @@ class Part:
         arguments: as on the command line.
         minutes: about how long it takes; an estimate, made beforehand.
         device: what it is to be run on.
+        goals: `run_goals` reads its rows. On several GPUs such parts come before the others.
+        alone: nothing may run beside it, on any GPU. Compile times need all cores of the host, and
+            what other processes compile would be in them.
     """
 
     name: str
@@ -29,6 +33,8 @@ class Part:
     arguments: str
     minutes: float
     device: str = "cuda"
+    goals: bool = True
+    alone: bool = False
 
     def argv(self, args: argparse.Namespace) -> list[str]:
         """Arguments of the script, for ``args`` of `run.py`."""
@@ -39,62 +45,78 @@ class Part:
         return importlib.import_module(self.script).parse_arguments(self.argv(args))
 
 
-ROUTED = "--omega 0.5 0.75 --router"
 DECODE = "--omega 0 0.5 0.75 --routes static"
+DECODE_ROUTERS = "--omega 0 0.5 0.75 --routes static router --caches flux --only ^KV.*flux"
 
 PARTS = (
-    Part("prefill-8k", "prefill", f"--lengths {8 * K} {ROUTED} --repeat 10", 5),
-    Part("prefill-32k", "prefill", f"--lengths {32 * K} {ROUTED}", 6),
+    Part("prefill-8k", "prefill", f"--lengths {8 * K} --omega 0.5 0.75 --router --repeat 10", 5),
+    Part(
+        "prefill-32k", "prefill",
+        f"--lengths {32 * K} --peers eager inductor flux --omega 0.5 0.75", 4,
+    ),
     Part(
         "prefill-128k", "prefill",
-        f"--lengths {128 * K} --peers eager flux {ROUTED} --warm-up 1 --repeat 3", 8,
+        f"--lengths {128 * K} --peers eager flux --omega 0.5 0.75 --warm-up 1 --repeat 3", 6,
     ),
     Part(
         "prefill-256k", "prefill",
-        f"--lengths {256 * K} --peers eager --omega 0.5 0.75 --warm-up 0 --repeat 2", 6,
+        f"--lengths {256 * K} --peers eager --omega 0.75 0.5 --warm-up 0 --repeat 2", 6,
     ),
     Part(
         "prefill-chunks", "prefill",
         f"--lengths {128 * K} --peers --omega 0.75 --chunk {16 * K} --warm-up 1 --repeat 3", 5,
+        goals=False,
     ),
     Part(
         "routers-32k", "prefill",
-        f"--lengths {32 * K} --peers --omega 0 0.5 0.75 --router-pairs 10 --only routers", 9,
+        f"--lengths {32 * K} --peers --omega 0.5 0.75 --router-pairs 10 --only routers", 6,
     ),
     Part(
         "routers-128k", "prefill",
         f"--lengths {128 * K} --peers --omega 0.5 0.75 --router-pairs 4 --only routers", 9,
     ),
     Part("decode-128k", "decode", f"--lengths {128 * K} {DECODE}", 11),
-    Part("decode-8k", "decode", f"--lengths {8 * K} {DECODE}", 9),
-    Part("decode-32k", "decode", f"--lengths {32 * K} {DECODE}", 9),
+    # Of a static cache only what a goal may take: with all layers full it may be the faster one.
+    Part(
+        "decode-8k", "decode",
+        f"--lengths {8 * K} {DECODE} --only eager|inductor|flux.cache|=0.00", 7,
+    ),
+    Part("decode-32k", "decode", f"--lengths {32 * K} {DECODE} --caches flux", 6, goals=False),
     Part(
         "decode-b8", "decode",
-        f"--lengths {32 * K} --batch 8 --omega 0 0.5 --routes static mixed", 11,
+        f"--lengths {32 * K} --batch 8 --omega 0.5 --routes static mixed", 8,
     ),
     Part(
         "decode-b16", "decode",
-        f"--lengths {8 * K} {32 * K} --batch 16 --omega 0.5 --caches flux --routes static mixed", 9,
+        f"--lengths {8 * K} {32 * K} --batch 16 --omega 0.5 --caches flux --routes static mixed "
+        "--only flux|graphs", 6, goals=False,
     ),
-    Part(
-        "decode-routers", "decode",
-        f"--lengths {32 * K} {128 * K} --routes static router --caches flux --only ^KV.*flux", 16,
-    ),
+    Part("decode-routers-32k", "decode", f"--lengths {32 * K} {DECODE_ROUTERS}", 8),
+    Part("decode-routers-128k", "decode", f"--lengths {128 * K} {DECODE_ROUTERS}", 8),
     Part(
         "memory-128k", "memory", f"--lengths {128 * K} --omega 0.75", 6,
     ),
     Part(
         "memory-by-length", "memory",
         f"--lengths {8 * K} {32 * K} {256 * K} --omega 0.75 --caches dynamic flux-growing", 8,
+        goals=False,
     ),
-    Part("compile", "compile_time", f"--length {8 * K}", 12),
+    Part(
+        "compile", "compile_time", f"--length {8 * K} --only ^(inductor|flux|flux.regional)$", 6,
+        alone=True,
+    ),
+    Part(
+        "compile-routers", "compile_time", f"--length {8 * K} --only router$", 4,
+        goals=False, alone=True,
+    ),
     Part(
         "qwen3-prefill-32k", "prefill",
         f"--shape qwen3-8b --lengths {32 * K} --peers eager inductor flux --omega 0.5 0.75", 5,
+        goals=False,
     ),
     Part(
         "qwen3-decode-32k", "decode", f"--shape qwen3-8b --lengths {32 * K} {DECODE} --caches flux",
-        7,
+        7, goals=False,
     ),
     Part(
         "smollm2-8k", "prefill",
@@ -127,3 +149,14 @@ def chosen(args: argparse.Namespace) -> list[Part]:
         for part in (TINY if args.tiny else PARTS)
         if part.device == args.device and any(re.fullmatch(x, part.name) for x in patterns)
     ]
+
+
+def in_turn(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts for several GPUs: groups to be run one after the other, each longest first.
+
+    First what goals need. Of either kind those that run alone are a group of their own, last.
+    """
+    keys = [(goals, alone) for goals in (True, False) for alone in (False, True)]
+    groups = ([part for part in parts if (part.goals, part.alone) == key] for key in keys)
+    # Begun last, a long part would be alone at the end, and all GPUs but one idle.
+    return [sorted(group, key=lambda part: -part.minutes) for group in groups if group]

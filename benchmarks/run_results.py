@@ -11,6 +11,11 @@ from run_parts import Part
 BAD = ("wrong", "failed", "skipped")  # what a row without a measurement has instead
 
 
+def at_once(row: dict[str, Any]) -> int:
+    """How many benchmarks ran on the machine while the row was measured, itself counted."""
+    return row.get("at_once", 1)  # records of before it could be more have none
+
+
 @dataclass(frozen=True)
 class Results:
     """The files of an output folder, by the name of the part."""
@@ -51,8 +56,12 @@ class Results:
         ]
 
     def about(self) -> dict[str, dict[str, Any]]:
-        """What each part ran on, and whether it is complete."""
+        """What each part ran on, beside how many others at most, and whether it is complete."""
         return {
-            part: {"complete": record["complete"], **record["environment"]}
+            part: {
+                "complete": record["complete"],
+                "at_once": max(map(at_once, record["results"]), default=1),
+                **record["environment"],
+            }
             for part, record in self.records.items()
         }

@@ -28,6 +28,8 @@ def part_rows(parts: Sequence[Part], args: argparse.Namespace) -> list[dict[str,
         {
             "part": part.name,
             "about": f"{part.minutes:g} min",
+            "for goals": "yes" if part.goals else "",
+            "beside others": "no" if part.alone else "",
             "command": f"{part.script}.py {' '.join(part.argv(args))}",
         }
         for part in parts
@@ -36,14 +38,17 @@ def part_rows(parts: Sequence[Part], args: argparse.Namespace) -> list[dict[str,
 
 def markdown(verdicts: Sequence[Verdict], results: Results) -> str:
     """Goals, what ran where, and what gave no measurement."""
+    about_all = results.about()
+    several = any(about["at_once"] > 1 for about in about_all.values())
     where = [
         {
             "part": part,
             "complete": "yes" if about["complete"] else "no",
+            **({"parts at once": str(about["at_once"])} if several else {}),
             **{key: str(about[key]) for key in ("date", "commit", "device", "torch", "triton",
                                                 "transformers")},
         }
-        for part, about in results.about().items()
+        for part, about in about_all.items()
     ]  # fmt: skip
     bad = [{"part": a, "row": b, "reason": c} for a, b, c in results.bad()]
     sections = ("Goals", goal_rows(verdicts)), ("Where it ran", where), ("Not measured", bad)

@@ -3,12 +3,46 @@
 import argparse
 import importlib.util
 import json
+import os
+import sys
+from dataclasses import replace
 
 import pytest
 
 from tests.scripts import FOLDER, forget_scripts
 
 K = 1024
+
+# A script as `run.py` sees one: it parses, writes a record, and prints where it runs.
+FAKE = """
+import argparse, json, os, sys, time
+from pathlib import Path
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser()
+    for name in ("--do", "--device", "--lowering", "--json"):
+        parser.add_argument(name)
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_args(arguments)
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    print("GPU", os.environ.get("CUDA_VISIBLE_DEVICES"), "threads", os.environ["OMP_NUM_THREADS"],
+          "cores", len(os.sched_getaffinity(0)), flush=True)
+    if args.do == "die":
+        sys.exit(3)
+    asked = Path(args.json).with_suffix(".asked")
+    if args.do == "hang" and not asked.exists():
+        asked.touch()
+        time.sleep(60)
+    environment = dict.fromkeys(("date", "device", "torch", "triton", "transformers"), "x")
+    settings = {"do": args.do, "device": args.device, "lowering": args.lowering}
+    Path(args.json).write_text(json.dumps({
+        "benchmark": "fake", "complete": True, "settings": settings,
+        "environment": environment | {"commit": "c0ffee"},
+        "results": [{"name": args.do, "run": "today", "at_once": args.at_once}]}))
+"""
 
 
 @pytest.fixture
@@ -41,7 +75,13 @@ def test_what_is_there_is_not_run_again(scripts, monkeypatch, tmp_path, capfd):
     assert summary["parts"]["tiny-memory"]["complete"]
     assert "tiny-memory" in (tmp_path / "summary.md").read_text()
     ran = []
-    monkeypatch.setattr(scripts.run, "run_part", lambda part, *_: ran.append(part.name) or True)
+    job_of = scripts.run.job_of
+
+    def noted(part, *rest):
+        ran.append(part.name)
+        return replace(job_of(part, *rest), command=["true"])
+
+    monkeypatch.setattr(scripts.run, "job_of", noted)
     scripts.run.main(command)
     assert not ran
     record = json.loads((tmp_path / "tiny-memory.json").read_text())
@@ -59,6 +99,87 @@ def test_a_part_that_time_is_too_short_for_is_left(scripts, tmp_path, capfd):
          "--minutes", "0.001", "--parts", "tiny-memory", "tiny-decode"]
     )  # fmt: skip
     assert "2 parts are left (tiny-decode, tiny-memory)" in capfd.readouterr().out
+
+
+@pytest.fixture
+def fakes(scripts, monkeypatch, tmp_path):
+    """`run.main` on two GPUs, or as it is told, with fake parts of the names and jobs given."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(scripts.run, "FOLDER", tmp_path)
+    monkeypatch.setattr(scripts.run, "git_commit", lambda: "c0ffee")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+
+    def main(parts, *arguments):
+        for module in (scripts.run, scripts.parts):
+            monkeypatch.setattr(module, "PARTS", tuple(parts))
+        scripts.run.main(["--output", str(tmp_path / "out"), "--no-plots", "--gpus", "2",
+                          *arguments])  # fmt: skip
+        return tmp_path / "out"
+
+    yield main
+    sys.modules.pop("fake", None)
+
+
+def test_parts_run_side_by_side_longest_first(scripts, fakes, capfd):
+    def part(name, do, minutes, **more):
+        return scripts.parts.Part(name, "fake", f"--do {do}", minutes, **more)
+
+    parts = [part("short", "write", 1), part("alone", "write", 9, alone=True),
+             part("long", "write", 5), part("dies", "die", 3),
+             part("later", "write", 8, goals=False)]  # fmt: skip
+    folder = fakes(parts)
+    said = capfd.readouterr().out
+    begun = [line.split()[1].rstrip(":") for line in said.splitlines() if ": begins" in line]
+    assert begun == ["long", "dies", "short", "alone", "later"]
+    assert "== dies: failed after" in said
+    assert "s, status 3" in said
+    assert "1 parts failed: dies" in said
+    logs = {part.name: (folder / "logs" / f"{part.name}.log").read_text() for part in parts}
+    cores = len(os.sched_getaffinity(0))
+    share = max(1, cores // 2)
+    assert logs["long"] == f"GPU 0 threads {share} cores {share if cores > 1 else cores}\n"
+    assert logs["dies"].startswith("GPU 1 ")
+    assert logs["alone"] == f"GPU 0 threads 7 cores {cores}\n"
+    summary = json.loads((folder / "summary.json").read_text())["parts"]
+    assert {name: about["at_once"] for name, about in summary.items()} == {
+        "short": 2, "long": 2, "alone": 1, "later": 1,
+    }  # fmt: skip
+    table = (folder / "summary.md").read_text().split("## Where it ran")[1]
+    assert "| parts at once |" in table
+    # On one GPU what is there stays, and nothing is limited.
+    fakes(parts, "--gpus", "1")
+    said = capfd.readouterr().out
+    assert [line for line in said.splitlines() if "is there" in line] == [
+        f"== {name}: is there" for name in ("short", "alone", "long", "later")
+    ]
+    assert f"GPU None threads 7 cores {cores}" in said
+
+
+def test_at_the_limit_parts_are_stopped_and_the_same_command_goes_on(scripts, fakes, capfd):
+    parts = [scripts.parts.Part(name, "fake", "--do hang", 1) for name in ("a", "b", "c")]
+    folder = fakes(parts, "--minutes", "0.02")
+    said = capfd.readouterr().out
+    assert "== a: stopped after" in said
+    assert "3 parts are left (a, b, c)" in said
+    assert not (folder / "c.asked").exists(), "there are two GPUs"
+    (folder / "c.asked").touch()
+    fakes(parts)
+    assert "are left" not in capfd.readouterr().out
+    assert (folder / "logs" / "a.log").read_text().startswith("GPU 0 ")
+    summary = json.loads((folder / "summary.json").read_text())["parts"]
+    assert all(about["complete"] for about in summary.values())
+
+
+def test_more_gpus_than_there_are_is_refused(scripts, fakes):
+    from fluxcompile.errors import OptionError
+
+    with pytest.raises(OptionError, match="at most 2, got 3"):
+        fakes([scripts.parts.Part("a", "fake", "--do write", 1)], "--gpus", "3")
+    with pytest.raises(SystemExit):
+        scripts.run.parse_arguments(["--output", "x", "--device", "cpu", "--gpus", "2"])
 
 
 @pytest.mark.parametrize("tiny", [False, True], ids=["full", "tiny"])
@@ -112,7 +233,7 @@ def results(scripts):
                 decode(at_128k, "inductor", "static", 50e-3, graphs=True),
                 decode(at_128k, "flux", "static", 9e-3, 0.5),
                 {**decode(at_128k, "flux", "flux", 8e-3, 0.5, graphs=True), "run": "yesterday"}]),
-            "decode-routers": record("decode", [
+            "decode-routers-128k": record("decode", [
                 decode(at_128k, "flux", "flux", 8e-3, 0.5),
                 decode(at_128k, "flux", "flux", 8.04e-3, 0.5, "router")]),
         }
@@ -137,6 +258,26 @@ def test_goals_are_judged_by_their_rows(scripts, results):
     routers = found["routers against the same fixed routes, decode at 128K"]
     assert (routers.found, routers.met_must, routers.met_aim) == ("+0.50%", True, False)
     assert found["KV bytes at 128K, Ω=0.75, of all tokens'"].met_must is None
+
+
+def test_goals_read_the_parts_that_are_for_goals(scripts):
+    read = set()
+
+    class Seen(dict):
+        def get(self, name, default=None):
+            read.add(name)
+            return default
+
+    scripts.goals.goals(scripts.Results(Seen()))
+    assert read == {part.name for part in scripts.parts.PARTS if part.goals}
+
+
+def test_figures_of_parts_side_by_side_say_so(scripts, results):
+    for row in results.records["prefill-32k"]["results"]:
+        row["at_once"] = 8
+    found = {verdict.goal: verdict for verdict in scripts.goals.goals(results)}
+    note = found["prefill 32K, Ω=0, against the better of eager and Inductor"].note
+    assert note == "8 parts at once"
 
 
 def test_summary_names_what_was_not_measured(scripts, results):

@@ -116,7 +116,15 @@ def test_mixed_rows_disagree_in_every_layer(parts):
 
 def arguments(path, **given):
     return argparse.Namespace(
-        **{"device": "cpu", "json": path, "resume": True, "only": None, "steps": 3, **given}
+        **{
+            "device": "cpu",
+            "json": path,
+            "resume": True,
+            "only": None,
+            "steps": 3,
+            "at_once": 1,
+            **given,
+        }
     )
 
 
@@ -129,6 +137,9 @@ def test_a_record_is_taken_up_again(parts, tmp_path):
     assert second.has("x")
     assert not second.has("y"), "what failed is tried again"
     assert not parts.Record("b", arguments(path, steps=4)).has("x"), "another setting"
+    beside = parts.Record("b", arguments(path, at_once=8))
+    beside.add({"name": "z"})
+    assert [(row["name"], row["at_once"]) for row in beside.rows] == [("x", 1), ("z", 8)]
     assert not parts.Record("b", arguments(path, resume=False)).has("x")
 
 
