@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --json benchmarks/results/kernels.json
     python benchmarks/kernels.py --kernels streaming decode --lengths 32768 --batches 1
+    python benchmarks/kernels.py --gpus 8 --json benchmarks/results/kernels.json  # side by side
     python benchmarks/kernels.py --device cpu --tiny                              # does it run?
 
 Random operands of Llama-3.1-8B's attention (32 query heads, 8 key-value heads), queries as a
@@ -10,10 +11,16 @@ median of its calls, or a share of a replayed CUDA graph where Python may take l
 (under 2 ms; not a backward pass); a decode step is a share of a replayed graph that goes round
 several caches, so that none is read from the L2 cache. Floors: useful arithmetic over the rate of a
 large matrix product, or the bytes that must be read over the rate of a large copy.
+
+With ``--gpus`` every shape is measured by a process of its own, on one GPU: see `kernel_spread`.
 """
 
 import argparse
-from dataclasses import asdict, dataclass, field
+import itertools
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -27,20 +34,12 @@ from common import (
     print_table,
     write_json,
 )
+from kernel_record import Record
+from kernel_spread import spread
 
-
-@dataclass
-class Record:
-    """What goes to the JSON file. Times in seconds, rates a second."""
-
-    environment: dict
-    dtype: str
-    heads: int
-    kv_heads: int
-    matmul_ceiling_flops: float
-    copy_ceiling_bytes: float
-    rows: list[dict] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+USUAL = {"lengths": [8192, 32768, 131072], "batches": [1, 8], "head_dims": [128, 64],
+         "sink": 128, "local": 2048}  # fmt: skip
+TINY = {"lengths": [300], "batches": [1, 2], "head_dims": [64], "sink": 16, "local": 64}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,19 +47,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kernels", nargs="+", choices=MEASURED, default=list(MEASURED))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--sink", type=int, default=128)
-    parser.add_argument("--local", type=int, default=2048)
+    for name in ("--lengths", "--batches", "--head-dims"):
+        parser.add_argument(name, type=int, nargs="+", metavar="N")
+    parser.add_argument("--sink", type=int)
+    parser.add_argument("--local", type=int)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--gpus", type=int, help="a process a shape, so many side by side")
+    parser.add_argument(
+        "--resume", action="store_true", help="with --gpus: keep the shapes that were measured"
+    )
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N",
+        help="for the record: so many processes measure on this machine, on a GPU each",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
-    if args.tiny:
-        args.lengths, args.batches, args.head_dims = [300], [1, 2], [64]
-        args.sink, args.local = 16, 64
+    for name, value in (TINY if args.tiny else USUAL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.gpus is not None and (args.gpus < 1 or args.device == "cpu" or args.json is None):
+        parser.error("--gpus: expected at least 1, no --device cpu, and a file for --json")
+    if args.resume and args.gpus is None:
+        parser.error("--resume needs --gpus")
     return args
+
+
+def shapes(args: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
+    """Head dim, length and batch size of every table, in order."""
+    return itertools.product(args.head_dims, args.lengths, args.batches)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,32 +83,55 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     heads, kv_heads = (4, 2) if args.tiny else (32, 8)
     record = Record(
-        environment=environment(args.device),
-        dtype=str(dtype).removeprefix("torch."),
-        heads=heads,
-        kv_heads=kv_heads,
-        matmul_ceiling_flops=matmul_ceiling(args.device, dtype),
-        copy_ceiling_bytes=copy_ceiling(args.device),
-    )
+        environment(args.device), str(dtype).removeprefix("torch."), heads, kv_heads, args.kernels,
+        at_once=args.at_once,
+    )  # fmt: skip
     for key, value in record.environment.items():
-        print(f"{key:>12}: {value}")
-    print(f"{'matmul':>12}: {record.matmul_ceiling_flops / 1e12:.1f} TFLOP/s")
-    print(f"{'copy':>12}: {record.copy_ceiling_bytes / 1e12:.2f} TB/s")
-    for head_dim in args.head_dims:
-        for length in args.lengths:
-            for batch in args.batches:
-                setting = Setting(
-                    batch, length, heads, kv_heads, head_dim, args.sink, args.local,
-                    args.device, dtype, record.matmul_ceiling_flops, record.copy_ceiling_bytes,
-                )  # fmt: skip
-                rows = []
-                for kernel in args.kernels:
-                    rows += measure(kernel, setting, record)
-                    write_json(args.json, asdict(record))
-                if rows:
-                    print_table(str(setting), [row.columns() for row in rows])
+        print(f"{key:>12}: {value}", flush=True)
+    if args.gpus is None:
+        measure_all(record, dtype, args)
+    else:
+        # Whoever is asked to end stops the processes too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        spread(args, record, list(shapes(args)))
+        print_rows(record, args)
     if record.failures:
         raise SystemExit("\n".join(["not reported:", *record.failures]))
+
+
+def measure_all(record: Record, dtype: torch.dtype, args: argparse.Namespace) -> None:
+    """Every shape into ``record``, in this process."""
+    record.matmul_ceiling_flops = matmul_ceiling(args.device, dtype)
+    record.copy_ceiling_bytes = copy_ceiling(args.device)
+    print(f"{'matmul':>12}: {record.matmul_ceiling_flops / 1e12:.1f} TFLOP/s")
+    print(f"{'copy':>12}: {record.copy_ceiling_bytes / 1e12:.2f} TB/s")
+    for head_dim, length, batch in shapes(args):
+        setting = Setting(
+            batch, length, record.heads, record.kv_heads, head_dim, args.sink, args.local,
+            args.device, dtype, record.matmul_ceiling_flops, record.copy_ceiling_bytes,
+        )  # fmt: skip
+        rows = []
+        for kernel in args.kernels:
+            rows += measure(kernel, setting, record)
+            write_json(args.json, asdict(record))
+        if rows:
+            print_table(str(setting), [row.columns() for row in rows])
+    record.complete = True
+    write_json(args.json, asdict(record))
+
+
+def print_rows(record: Record, args: argparse.Namespace) -> None:
+    """Tables of what other processes measured."""
+    names = [field.name for field in fields(Measurement)]
+    for head_dim, length, batch in shapes(args):
+        rows = [
+            Measurement(**{name: row[name] for name in names})
+            for row in record.rows
+            if (row["head_dim"], row["length"], row["batch"]) == (head_dim, length, batch)
+        ]
+        if rows:
+            title = f"batch {batch}, {length} tokens, head dim {head_dim}"
+            print_table(title, [row.columns() for row in rows])
 
 
 def measure(kernel: str, setting: Setting, record: Record) -> list[Measurement]:

@@ -27,7 +27,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from common import git_commit, print_table, some_gpus, write_json
@@ -129,8 +128,7 @@ def slots_of(group: Sequence[Part], gpus: Sequence[str]) -> list[Slot]:
         return [Slot()]
     if group[0].alone:
         return [Slot(gpus[0])]
-    count = min(len(gpus), len(group))
-    return [replace(slot, gpu=gpu) for slot, gpu in zip(shares(count), gpus, strict=False)]
+    return shares(gpus[: len(group)])
 
 
 def say_begun(job: Job, slot: Slot) -> None:

@@ -179,18 +179,18 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0), key=lambda core: (_first_sibling(core), core))
 
 
-def shares(count: int) -> list[Slot]:
-    """Slots without a GPU that share the cores evenly, ``count`` of them.
+def shares(gpus: Sequence[str]) -> list[Slot]:
+    """One slot for each of ``gpus``, with its share of the cores.
 
-    Where the platform cannot hold a process to some cores, they only have fewer threads.
+    Where the platform cannot hold a process to some cores, it only has fewer threads.
     """
     all_of_them = cores()
-    threads = max(1, len(all_of_them) // count)
-    if not hasattr(os, "sched_setaffinity") or len(all_of_them) < count:
-        return [Slot(threads=threads) for _ in range(count)]
+    threads = max(1, len(all_of_them) // max(1, len(gpus)))
+    if not hasattr(os, "sched_setaffinity") or len(all_of_them) < len(gpus):
+        return [Slot(gpu, threads) for gpu in gpus]
     return [
-        Slot(threads=threads, cores=frozenset(all_of_them[i * threads : (i + 1) * threads]))
-        for i in range(count)
+        Slot(gpu, threads, frozenset(all_of_them[i * threads : (i + 1) * threads]))
+        for i, gpu in enumerate(gpus)
     ]
 
 

@@ -197,6 +197,76 @@ def test_kernels_script_runs_on_a_cpu(tmp_path):
         assert row["bound"] is None, "goals are for the GPU"
 
 
+# Measures a shape's row at once, but for 8 tokens: there it dies until a file tells it not to.
+FAKE_KERNELS = """
+import argparse, json, os, sys
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for name in ("lengths", "batches", "head-dims", "sink", "local", "at-once"):
+    parser.add_argument(f"--{name}", type=int)
+for name in ("device", "json"):
+    parser.add_argument(f"--{name}")
+parser.add_argument("--kernels", nargs="+")
+args = parser.parse_args()
+file = Path(args.json)
+gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+row = {"kernel": "decode", "seconds": 1.0, "floor": 0.5, "peers": {}, "error": None, "goal": "",
+       "achieved": None, "bound": None, "at_least": False, "batch": args.batches,
+       "length": args.lengths, "head_dim": args.head_dims, "sink": args.sink, "local": args.local}
+record = {"environment": {"date": f"GPU {gpu}", "commit": "c0ffee"}, "dtype": "x", "heads": 4,
+          "kv_heads": 2, "kernels": args.kernels, "matmul_ceiling_flops": args.lengths,
+          "copy_ceiling_bytes": 2.0, "rows": [row], "failures": [], "complete": False,
+          "at_once": args.at_once, "processes": []}
+file.write_text(json.dumps(record))
+if args.lengths == 8 and not Path(sys.argv[0]).with_name("mended").exists():
+    sys.exit(7)
+file.write_text(json.dumps(record | {"complete": True}))
+"""
+
+
+def test_kernels_spread_over_gpus_are_one_record(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import kernel_record
+    import kernel_spread
+    import kernel_table
+
+    (tmp_path / "fake.py").write_text(FAKE_KERNELS)
+    monkeypatch.setattr(kernel_spread, "SCRIPT", tmp_path / "fake.py")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    file = tmp_path / "kernels.json"
+
+    def spread(*arguments):
+        args = kernel_table.parse_arguments(
+            ["--gpus", "2", "--json", str(file), "--kernels", "decode", "--lengths", "4", "8",
+             "--batches", "1", "--head-dims", "64", "32", *arguments])  # fmt: skip
+        where = {"date": "now", "commit": "c0ffee"}
+        record = kernel_record.Record(where, "x", 4, 2, args.kernels)
+        kernel_spread.spread(args, record, list(kernel_table.shapes(args)))
+        kernel_table.print_rows(record, args)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(vars(record)))
+        return record
+
+    first = spread()
+    shapes = [(row["head_dim"], row["length"]) for row in first.rows]
+    assert shapes == [(64, 4), (64, 8), (32, 4), (32, 8)], "as one process would have them"
+    assert [line.split(",")[0] for line in first.failures] == [
+        f"d{size}-s8-b1: its process ended with status 7 after 1 rows" for size in (64, 32)
+    ]
+    assert (first.matmul_ceiling_flops, first.at_once) == (6, 2)
+    assert {process["date"] for process in first.processes} == {"GPU 0", "GPU 1"}
+    (tmp_path / "mended").touch()
+    again = spread("--resume")
+    assert again.rows == first.rows
+    assert again.failures == []
+    assert not (tmp_path / "kernels.parts").exists(), "all is in the one file"
+    (tmp_path / "mended").unlink()
+    spread()
+    assert {row["sink"] for row in spread("--resume", "--sink", "5").rows} == {5}
+    forget_scripts()
+
+
 @pytest.fixture
 def measured(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -94,6 +94,7 @@ def test_cores_are_shared_evenly_and_siblings_stay_together(slots, monkeypatch):
     monkeypatch.setattr("os.sched_setaffinity", lambda *_: None, raising=False)
     monkeypatch.setattr(slots, "_first_sibling", lambda core: core % 4)
     assert slots.cores() == [0, 4, 1, 5, 2, 6, 3, 7]
-    first, *_, last = slots.shares(3)
-    assert (first.threads, first.cores, last.cores) == (2, {0, 4}, {2, 6})
-    assert slots.shares(9)[0] == slots.Slot(threads=1), "too few to hold each to its own"
+    first, _, last = slots.shares(["3", "5", "GPU-7"])
+    assert first == slots.Slot("3", 2, frozenset({0, 4}))
+    assert last == slots.Slot("GPU-7", 2, frozenset({2, 6}))
+    assert slots.shares(list("012345678"))[0] == slots.Slot("0", 1), "too few for one each"
