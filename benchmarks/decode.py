@@ -37,7 +37,7 @@ from common import (
 from decode_contenders import ROUTES, Contender, Runner, contenders
 from decode_reference import reference_logits
 from models import SHAPES, decode_bytes, kv_token_bytes, load_model
-from record import Record, dtype_on, parse_with_common
+from record import Record, dtype_on, failure, parse_with_common
 from stepping import Stepper, watched
 
 CHECKED, WARM_UP, HOST, WATCHED = 3, 10, 10, 5  # steps
@@ -126,10 +126,11 @@ class Decode:
                 row["wrong"] = str(problem)
             except Exception as problem:
                 traceback.print_exc()
-                row["failed"] = f"{type(problem).__name__}: {problem}"[:500]
+                row |= failure(problem, self.args.device)
+            row["took"] = time.perf_counter() - started
+            print(f"{name}: {brief(row)} ({row['took']:.0f} s)", flush=True)
+            record.add(row)
             forget_compiled(self.args.device)
-            record.add({**row, "took": time.perf_counter() - started})
-            print(f"{name}: {brief(row)} ({record.rows[-1]['took']:.0f} s)", flush=True)
 
     def skipped(self) -> dict:
         """Why the cache does not fit into the device's memory; empty if it does."""

@@ -14,6 +14,7 @@ what was allocated beyond the weights while the prompt ran, compiled before (0 o
 import argparse
 import gc
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ import fluxcompile
 from caches import KINDS, new_cache
 from common import PeakMemory, forget_compiled, forgive_older_names, print_table, seconds
 from models import SHAPES, kv_token_bytes, load_model
-from record import Record, dtype_on, parse_with_common
+from record import Record, dtype_on, failure, parse_with_common
 from routing import spread_dense
 
 AFTER = 128  # tokens that a cache of fixed size has room for beyond the prompt
@@ -91,10 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
                 row |= memory.measure(contender, length)
             except WrongBytes as problem:
                 row["wrong"] = str(problem)
-            except torch.OutOfMemoryError as problem:
-                row["failed"] = f"out of memory: {problem}"[:300]
-            record.add(row)
+            except Exception as problem:
+                traceback.print_exc()
+                row |= failure(problem, args.device)
             print(f"{name}: {brief(row)}", flush=True)
+            record.add(row)
         forget_compiled(args.device)
     for length in args.lengths:
         rows = [row for row in record.rows if row["length"] == length and "kv_bytes" in row]

@@ -13,16 +13,15 @@ floor is the arithmetic that the routes leave, over the rate of a large matrix p
 
 import argparse
 import re
+import traceback
 from dataclasses import asdict
-
-import torch
 
 import fluxcompile
 from checking import WrongLogits
 from common import forgive_older_names, matmul_ceiling, print_table
 from models import SHAPES, load_model
-from prefill_run import Prefill, cost_row, peers
-from record import Record, dtype_on, parse_with_common
+from prefill_run import Prefill, peers
+from record import Record, dtype_on, failure, parse_with_common
 from routing import spread_dense
 
 PEERS = ("eager", "inductor", "flux", "flux-router")
@@ -100,11 +99,12 @@ def run_peers(prefill: Prefill, record: Record) -> None:
             row |= asdict(prefill.run(peer))
         except WrongLogits as problem:
             row["wrong"] = str(problem)
-        except torch.OutOfMemoryError as problem:
-            row["failed"] = f"out of memory: {problem}"[:300]
-        record.add(row)
+        except Exception as problem:
+            traceback.print_exc()
+            row |= failure(problem, prefill.args.device)
         said = f"{1000 * row['median']:.1f} ms" if "median" in row else str(row)
         print(f"{name}: {said}", flush=True)
+        record.add(row)
 
 
 def run_costs(prefill: Prefill, record: Record) -> None:
@@ -115,9 +115,16 @@ def run_costs(prefill: Prefill, record: Record) -> None:
         if not _wanted(name, record, args):
             continue
         routes = tuple(spread_dense(prefill.layers, omega))
-        cost = prefill.router_cost(args.router_pairs, routes)
-        record.add({"name": name, **cost_row(cost, prefill.length, omega)})
-        print(f"{name}, all {prefill.layers} together: {cost}", flush=True)
+        row = {"name": name, "length": prefill.length, "omega": omega}
+        try:
+            cost = prefill.router_cost(args.router_pairs, routes)
+        except Exception as problem:
+            traceback.print_exc()
+            row |= failure(problem, args.device)
+        else:
+            row |= asdict(cost)
+            print(f"{name}, all {prefill.layers} together: {cost}", flush=True)
+        record.add(row)
 
 
 def _wanted(name: str, record: Record, args: argparse.Namespace) -> bool:

@@ -5,7 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -247,7 +247,3 @@ class Prefill:
         sparse = pairs_streaming(self.length, self.config.sink, self.config.local)
         seen = [pairs_full(self.length) if full else sparse for full in routes]
         return prefill_flops(self.model.config, self.length, seen) / self.ceiling
-
-
-def cost_row(cost: RouterCost, length: int, omega: float) -> dict:
-    return {"length": length, "omega": omega, **asdict(cost)}

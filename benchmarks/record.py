@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common import environment, write_json
+from common import environment, synchronise, write_json
 
 #: what has no influence on a row; `at_once` may have, and is said of each
 ASIDE = ("json", "resume", "only", "at_once")
@@ -46,7 +46,7 @@ class Record:
         if args.resume and self.path is not None and self.path.exists():
             earlier = json.loads(self.path.read_text())
             if _same(earlier, self.content):
-                self.content["results"] = [x for x in earlier["results"] if "failed" not in x]
+                self.content["results"] = [x for x in earlier["results"] if not _again(x)]
                 print(f"taking up {self.path}: {len(self.rows)} rows are there", flush=True)
         for key, value in where.items():
             print(f"{key:>12}: {value}", flush=True)
@@ -62,9 +62,16 @@ class Record:
         self.content.update(about)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep ``row``, in the file too, before the next one is measured."""
+        """Keep ``row``, in the file too, before the next one is measured.
+
+        Raises:
+            SystemExit: the row says that the device is lost (see `failure`).
+        """
         self.rows.append({**row, "run": self.run, "at_once": self.at_once})
         write_json(self.path, self.content)
+        if row.get("lost"):
+            raise SystemExit(f"{row['name']}: {row['failed']}\nNothing more runs on the device in "
+                             "this process; --resume goes on with the next row.")  # fmt: skip
 
     def finish(self) -> list[str]:
         """Say in the file that nothing is missing; returns the rows that were found wrong."""
@@ -73,10 +80,29 @@ class Record:
         return [row["name"] for row in self.rows if row.get("wrong")]
 
 
+def failure(problem: Exception, device: str) -> dict[str, Any]:
+    """What a row has instead of a measurement; ``lost`` if nothing runs on the device any more.
+
+    After an illegal access every later call fails too, until the process ends. Tried again, the row
+    would end each process before the rows that follow; so it is not.
+    """
+    found: dict[str, Any] = {"failed": f"{type(problem).__name__}: {problem}"[:500]}
+    try:
+        synchronise(device)
+    except RuntimeError:
+        found["lost"] = True
+    return found
+
+
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that have an influence on rows, as JSON keeps them."""
     kept = {name: value for name, value in vars(args).items() if name not in ASIDE}
     return json.loads(json.dumps(kept, default=str))
+
+
+def _again(row: dict[str, Any]) -> bool:
+    """Whether a row of an earlier run is measured again."""
+    return "failed" in row and not row.get("lost")
 
 
 def _same(earlier: dict[str, Any], now: dict[str, Any]) -> bool:

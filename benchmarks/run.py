@@ -36,7 +36,7 @@ from run_goals import goals
 from run_parts import PARTS, TINY, Part, chosen, in_turn
 from run_plots import decode_plot, has_matplotlib, prefill_plot
 from run_results import Results
-from run_summary import goal_rows, markdown, part_rows
+from run_summary import bad_rows, goal_rows, markdown, part_rows
 from slots import Ended, Job, Processes, Slot, shares
 
 FOLDER = Path(__file__).parent
@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     left = [] if args.summary else run_parts(parts, args)
     results = Results.load(args.output, TINY if args.tiny else PARTS)
     verdicts = goals(results)
+    if bad := bad_rows(results):
+        print_table("not measured", bad)
     print_table("goals", goal_rows(verdicts))
     summary = {"goals": [vars(verdict) for verdict in verdicts], "parts": results.about()}
     write_json(args.output / "summary.json", summary)

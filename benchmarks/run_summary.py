@@ -36,6 +36,11 @@ def part_rows(parts: Sequence[Part], args: argparse.Namespace) -> list[dict[str,
     ]
 
 
+def bad_rows(results: Results) -> list[dict[str, str]]:
+    """What gave no measurement, and why."""
+    return [{"part": part, "row": row, "reason": why} for part, row, why in results.bad()]
+
+
 def markdown(verdicts: Sequence[Verdict], results: Results) -> str:
     """Goals, what ran where, and what gave no measurement."""
     about_all = results.about()
@@ -50,8 +55,11 @@ def markdown(verdicts: Sequence[Verdict], results: Results) -> str:
         }
         for part, about in about_all.items()
     ]  # fmt: skip
-    bad = [{"part": a, "row": b, "reason": c} for a, b, c in results.bad()]
-    sections = ("Goals", goal_rows(verdicts)), ("Where it ran", where), ("Not measured", bad)
+    sections = (
+        ("Goals", goal_rows(verdicts)),
+        ("Where it ran", where),
+        ("Not measured", bad_rows(results)),
+    )
     return "\n".join(f"## {title}\n\n{_table(rows)}\n" for title, rows in sections if rows)
 
 

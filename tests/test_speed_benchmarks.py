@@ -143,6 +143,46 @@ def test_a_record_is_taken_up_again(parts, tmp_path):
     assert not parts.Record("b", arguments(path, resume=False)).has("x")
 
 
+def test_a_lost_device_ends_the_process_and_its_row_is_not_tried_again(
+    parts, tmp_path, monkeypatch
+):
+    path = tmp_path / "r.json"
+    assert parts.failure(ValueError("odd"), "cuda" if torch.cuda.is_available() else "cpu") == {
+        "failed": "ValueError: odd"
+    }
+    first = parts.Record("b", arguments(path))
+
+    def gone():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.cuda.synchronize", gone)
+    row = {"name": "x", **parts.failure(RuntimeError("illegal"), "cuda")}
+    with pytest.raises(SystemExit, match="x: RuntimeError: illegal"):
+        first.add(row)
+    assert parts.Record("b", arguments(path)).has("x")
+
+
+def test_a_failing_peer_leaves_the_others(run, monkeypatch):
+    importlib.import_module("prefill")
+    prefill_run = importlib.import_module("prefill_run")
+    measure = prefill_run.Prefill.run
+
+    def broken(self, peer):
+        if peer.name == "eager":
+            raise NotImplementedError("no kernel")
+        return measure(self, peer)
+
+    monkeypatch.setattr(prefill_run.Prefill, "run", broken)
+    monkeypatch.setattr(prefill_run.Prefill, "router_cost", lambda *_: 1 / 0)
+    rows = run(
+        "prefill", "--lengths", "400", "--peers", "eager", "flux", "--repeat", "1",
+        "--warm-up", "0", "--router-pairs", "2", "--sink", "64", "--local", "128",
+    )  # fmt: skip
+    assert rows["eager"]["failed"] == "NotImplementedError: no kernel"
+    assert rows["flux"]["median"] > 0
+    assert rows["routers, Ω=0.00"]["failed"].startswith("ZeroDivisionError")
+
+
 def test_memory_script_runs_on_a_cpu(run):
     rows = run(
         "memory", "--lengths", "700", "--sink", "64", "--local", "256",
