@@ -24,7 +24,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from measured_kernels import MEASURED, Measurement, Setting, WrongResult
+from measured_kernels import MEASURED, Measurement, Setting
 
 from common import (
     copy_ceiling,
@@ -36,6 +36,7 @@ from common import (
 )
 from kernel_record import Record
 from kernel_spread import spread
+from record import failure
 
 USUAL = {"lengths": [8192, 32768, 131072], "batches": [1, 8], "head_dims": [128, 64],
          "sink": 128, "local": 2048}  # fmt: skip
@@ -135,13 +136,20 @@ def print_rows(record: Record, args: argparse.Namespace) -> None:
 
 
 def measure(kernel: str, setting: Setting, record: Record) -> list[Measurement]:
-    """Run a kernel at one setting and add its rows to the record, or why there are none."""
+    """Run a kernel at one setting and add its rows to the record, or why there are none.
+
+    Raises:
+        Exception: the kernel's, if nothing more can run on the device.
+    """
     rows: list[Measurement] = []
     try:
         rows = MEASURED[kernel](setting)
-    except (WrongResult, torch.OutOfMemoryError) as problem:
-        record.failures.append(f"{kernel}, {setting}: {problem}")
+    except Exception as problem:
+        why = failure(problem, setting.device)
+        record.failures.append(f"{kernel}, {setting}: {why['failed']}")
         print(record.failures[-1], flush=True)
+        if "lost" in why:
+            raise
     forget_compiled(setting.device)
     record.rows += [asdict(row) | setting.shape() for row in rows]
     return rows

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 
@@ -270,6 +271,25 @@ def test_goals_read_the_parts_that_are_for_goals(scripts):
 
     scripts.goals.goals(scripts.Results(Seen()))
     assert read == {part.name for part in scripts.parts.PARTS if part.goals}
+
+
+def test_parts_leave_out_no_row_that_a_goal_reads(scripts):
+    """Some parts run only some rows of their script."""
+    from compile_worker import CONTENDERS
+    from decode_contenders import contenders
+
+    args = argparse.Namespace(tiny=False, lowering="inductor")
+    parsed = {part.name: part.parsed(args) for part in scripts.parts.PARTS}
+    only = parsed["compile"].only
+    assert [name for name in CONTENDERS if re.search(only, name)] == [
+        "inductor", "flux", "flux regional",
+    ]  # fmt: skip
+    at_8k = [one for one in contenders(parsed["decode-8k"], 1)
+             if re.search(parsed["decode-8k"].only, f"KV 8192, batch 1: {one.name}")]  # fmt: skip
+    flux = [(one.cache, one.graphs, one.omega) for one in at_8k if one.compiler == "flux"]
+    assert {("flux", True, 0.0), ("static", False, 0.0), ("flux", True, 0.75)} <= set(flux)
+    assert ("static", True, 0.75) not in flux
+    assert "inductor + graphs, static cache" in [one.name for one in at_8k]
 
 
 def test_figures_of_parts_side_by_side_say_so(scripts, results):
