@@ -168,7 +168,7 @@ class _Running:
 
     def signal(self, number: int) -> None:
         """To the process and all that it has started."""
-        with contextlib.suppress(ProcessLookupError):  # all have ended
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
             os.killpg(self.process.pid, number)
 
 
