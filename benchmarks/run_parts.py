@@ -46,6 +46,7 @@ class Part:
 
 
 DECODE = "--omega 0 0.5 0.75 --routes static"
+MEMORY = "--only eager|flux,.flux"  # flux keeps all tokens in other caches, as eager does
 DECODE_ROUTERS = "--omega 0 0.5 0.75 --routes static router --caches flux --only ^KV.*flux"
 
 PARTS = (
@@ -60,7 +61,7 @@ PARTS = (
     ),
     Part(
         "prefill-256k", "prefill",
-        f"--lengths {256 * K} --peers eager --omega 0.75 0.5 --warm-up 0 --repeat 2", 6,
+        f"--lengths {256 * K} --peers eager --omega 0.75 --warm-up 0 --repeat 2", 4,
     ),
     Part(
         "prefill-chunks", "prefill",
@@ -69,7 +70,7 @@ PARTS = (
     ),
     Part(
         "routers-32k", "prefill",
-        f"--lengths {32 * K} --peers --omega 0.5 0.75 --router-pairs 10 --only routers", 6,
+        f"--lengths {32 * K} --peers --omega 0 0.5 0.75 --router-pairs 10 --only routers", 9,
     ),
     Part(
         "routers-128k", "prefill",
@@ -94,11 +95,12 @@ PARTS = (
     Part("decode-routers-32k", "decode", f"--lengths {32 * K} {DECODE_ROUTERS}", 8),
     Part("decode-routers-128k", "decode", f"--lengths {128 * K} {DECODE_ROUTERS}", 8),
     Part(
-        "memory-128k", "memory", f"--lengths {128 * K} --omega 0.75", 6,
+        "memory-128k", "memory", f"--lengths {128 * K} --omega 0.75 {MEMORY}", 4,
     ),
     Part(
         "memory-by-length", "memory",
-        f"--lengths {8 * K} {32 * K} {256 * K} --omega 0.75 --caches dynamic flux-growing", 8,
+        f"--lengths {8 * K} {32 * K} {256 * K} --omega 0.75 --caches dynamic flux-growing "
+        f"{MEMORY}", 6,
         goals=False,
     ),
     Part(

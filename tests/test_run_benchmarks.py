@@ -275,6 +275,8 @@ def test_goals_read_the_parts_that_are_for_goals(scripts):
 
 def test_parts_leave_out_no_row_that_a_goal_reads(scripts):
     """Some parts run only some rows of their script."""
+    from memory import contenders as memory_contenders
+
     from compile_worker import CONTENDERS
     from decode_contenders import contenders
 
@@ -283,6 +285,11 @@ def test_parts_leave_out_no_row_that_a_goal_reads(scripts):
     only = parsed["compile"].only
     assert [name for name in CONTENDERS if re.search(only, name)] == [
         "inductor", "flux", "flux regional",
+    ]  # fmt: skip
+    memory = parsed["memory-128k"]
+    assert [one.name for one in memory_contenders(memory) if re.search(memory.only, one.name)] == [
+        "eager, dynamic cache", "eager, static cache", "flux, flux cache, Ω=0.75",
+        "flux, flux-growing cache, Ω=0.75",
     ]  # fmt: skip
     at_8k = [one for one in contenders(parsed["decode-8k"], 1)
              if re.search(parsed["decode-8k"].only, f"KV 8192, batch 1: {one.name}")]  # fmt: skip
