@@ -105,9 +105,10 @@ class CompiledGraph:
         key = inputs[self._io.past_key]
         known = kept(key)
         routes = known.for_layers(self._io.layers, key.shape[0]) if known is not None else None
+        strange = known is not None and not set(self._io.layers) <= set(known.layers)
+        if not self._io.decides and (routes is None or strange):
+            self._report_lost()
         if routes is None:
-            if not self._io.decides:
-                self._report_lost()
             layers = self._io.layers
             full = torch.ones((key.shape[0], len(layers)), dtype=torch.bool, device=key.device)
             routes = KeptRoutes(layers, full, sparse=(False,) * len(layers))
@@ -116,7 +117,7 @@ class CompiledGraph:
     def _report_lost(self) -> None:
         message = (
             "the key/value cache has no routes (it was reordered, cropped or filled by another "
-            "model): these rows run full attention"
+            "model, or by other compiled code): these rows run full attention"
         )
         if self._io.strict:
             raise RewriteError(message)

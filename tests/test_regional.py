@@ -114,6 +114,17 @@ def test_a_reordered_cache_has_lost_its_routes(ids):
     assert any("the key/value cache has no routes" in m for m in messages)
 
 
+@torch.no_grad()
+def test_a_cache_filled_layer_by_layer_does_not_serve_the_whole_model(ids):
+    """Its routes are kept a layer at a time: those that the whole model's graph finds are said."""
+    model = regional(llama("SS"))
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    fluxcompile.compile(model, lowering="eager")
+    messages = flux_warnings(lambda: model(ids[:, :1], past_key_values=cache))
+    assert any("or by other compiled code" in m for m in messages)
+
+
 def gemma(layers: int = 6) -> Gemma3ForCausalLM:
     config = Gemma3TextConfig(
         hidden_size=64,
