@@ -31,21 +31,21 @@ from fluxcompile.recompile_limit import warn_of_last_graph
 from fluxcompile.report import GraphReport
 from fluxcompile.route_io import route_io
 from fluxcompile.runtime import CompiledGraph
-from fluxcompile.shared_graph import SharedGraph, Sharing
+from fluxcompile.shared_graph import SharedGraph, Sharing, share_inference
 from fluxcompile.torch_internals import naming_versions
 from fluxcompile.training_graph import (
-    SharedTrainingGraph,
     TrainingGraph,
     prepare_training,
     refuse_checkpointed,
     refuse_untrained,
+    share_training,
 )
 
 #: puts the lowered graph behind what passes its additional inputs and takes its additional outputs
 _Runtime = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 #: what holds a router's weights, or the router
-_OURS = CompiledGraph | SharedGraph | TrainingGraph | SharedTrainingGraph
+_OURS = CompiledGraph | SharedGraph | TrainingGraph
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _train(result: Rewrite, planner: Planner, inputs: list[Any], refuse: bool) -
     if planner.shared is None:
         return functools.partial(TrainingGraph, io=io)
     sharing = Sharing(planner.shared, planner.layer_of, planner.layer_names)
-    return functools.partial(SharedTrainingGraph, io=io, sharing=sharing)
+    return functools.partial(share_training, io=io, sharing=sharing)
 
 
 def _infer(result: Rewrite, planner: Planner, inputs: list[Any]) -> _Runtime:
@@ -170,7 +170,7 @@ def _infer(result: Rewrite, planner: Planner, inputs: list[Any]) -> _Runtime:
         device = value_of(result.sites[0].q).device
         sharing = replace(sharing, tensors=frozen_tensors(planner.attachment, device))
         inputs += stand_ins(sharing.tensors[0])
-    return functools.partial(SharedGraph, io=io, sharing=sharing)
+    return functools.partial(share_inference, io=io, sharing=sharing)
 
 
 def _leave_alone(result: Rewrite) -> _Runtime:

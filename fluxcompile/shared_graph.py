@@ -36,13 +36,17 @@ class Sharing:
 
 
 class SharedGraph:
-    """Callable that Dynamo runs in place of the graph it traced."""
+    """Callable that Dynamo runs in place of the graph it traced.
 
-    def __init__(self, compiled: Callable[..., Any], io: RouteIO, sharing: Sharing) -> None:
-        self._compiled = compiled
-        self._io = io
+    Args:
+        sharing: tells a call's layer.
+        of_layer: what is run for a layer, by its index; asked once for each.
+    """
+
+    def __init__(self, sharing: Sharing, of_layer: Callable[[int], Callable[..., Any]]) -> None:
         self._sharing = sharing
-        self._graphs: dict[int, CompiledGraph] = {}
+        self._of_layer = of_layer
+        self._graphs: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         layer = self._sharing.layer_of(inputs[self._sharing.weight])
@@ -50,10 +54,15 @@ class SharedGraph:
             self._graphs[layer] = self._of_layer(layer)
         return self._graphs[layer](*inputs)
 
-    def _of_layer(self, layer: int) -> CompiledGraph:
-        compiled, sharing = self._compiled, self._sharing
-        io = replace(self._io, layers=(layer,), layer_names=(sharing.names[layer],))
+
+def share_inference(compiled: Callable[..., Any], io: RouteIO, sharing: Sharing) -> SharedGraph:
+    """``compiled`` for every layer: with its router's tensors, leaving behind its routes."""
+
+    def of_layer(layer: int) -> CompiledGraph:
+        its_io = replace(io, layers=(layer,), layer_names=(sharing.names[layer],))
         if sharing.tensors is None:
-            return CompiledGraph(compiled, io)
+            return CompiledGraph(compiled, its_io)
         tensors = sharing.tensors[layer]
-        return CompiledGraph(lambda *inputs: compiled(*inputs, *tensors), io)
+        return CompiledGraph(lambda *inputs: compiled(*inputs, *tensors), its_io)
+
+    return SharedGraph(sharing, of_layer)

@@ -19,7 +19,7 @@ from fluxcompile.passes.site import SkipReason
 from fluxcompile.planning import Planner
 from fluxcompile.route_io import append_output
 from fluxcompile.router import FluxRouter
-from fluxcompile.shared_graph import Sharing
+from fluxcompile.shared_graph import SharedGraph, Sharing
 from fluxcompile.soft_routes import active_soft_routes
 
 
@@ -151,24 +151,9 @@ class TrainingGraph:
         return outputs
 
 
-class SharedTrainingGraph:
-    """The same for one graph of all layers that differ in their weights alone.
-
-    A weight of the layer, among the graph's inputs, tells which one it is called for: see
-    :mod:`fluxcompile.shared_graph`.
-    """
-
-    def __init__(self, compiled: Callable[..., Any], io: TrainingIO, sharing: Sharing) -> None:
-        self._compiled = compiled
-        self._io = io
-        self._sharing = sharing
-        self._graphs: dict[int, TrainingGraph] = {}
-
-    def __call__(self, *inputs: Any) -> Sequence[Any]:
-        layer = self._sharing.layer_of(inputs[self._sharing.weight])
-        if layer not in self._graphs:
-            self._graphs[layer] = TrainingGraph(self._compiled, self._io.of_layer(layer))
-        return self._graphs[layer](*inputs)
+def share_training(compiled: Callable[..., Any], io: TrainingIO, sharing: Sharing) -> SharedGraph:
+    """``compiled`` for every layer: with its router's tensors and noise, leaving its shares."""
+    return SharedGraph(sharing, lambda layer: TrainingGraph(compiled, io.of_layer(layer)))
 
 
 def prepare_training(
