@@ -18,6 +18,7 @@ from tests.parity.caches import (
     SPARE,
     flux_cache,
     generate_with,
+    one_kind_each,
     untrimmed,
 )
 from tests.parity.harness import all_rows, compiled, definition_of
@@ -53,8 +54,7 @@ def assert_is_the_pattern(talk: Conversation, twin) -> None:
     talk.assert_is(twin, all_rows(talk.ids.shape[0], PATTERN), flux_config())
 
 
-@pytest.mark.parametrize("max_length", KINDS)
-@pytest.mark.parametrize("spare", [0, SPARE])
+@pytest.mark.parametrize(("spare", "max_length"), one_kind_each(SPARE, 0))
 def test_later_turns(spare, max_length):
     """Steps of a few tokens (they may fit into what is spare or not) and of more than the ring."""
     model, twin, made = pinned()
