@@ -5,6 +5,7 @@ import os
 # Before torch is imported: workers of pytest-xdist would otherwise fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import sys
 
 import pytest
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         if "slow" in item.keywords and not slow_wanted:
             item.add_marker(not_asked)
+
+
+def pytest_collection_finish() -> None:
+    """Less work for Dynamo: nearly all of the suite's time is its tracing."""
+    # What the imports made stays: walking it again and again finds nothing.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    if "torch._dynamo" in sys.modules:  # no report, for a log, of what a frame changes
+        torch._dynamo.config.side_effect_replay_policy = "silent"
 
 
 @pytest.fixture(autouse=True)

@@ -310,6 +310,11 @@ def first_layers():
 
 
 @needs_model
+def test_its_routers_are_named_after_the_model_not_a_folder(first_layers):
+    assert FluxRouter.from_model(first_layers[0]).base_model == smollm2.NAME
+
+
+@needs_model
 def test_demo_runs_and_agrees_with_eager(monkeypatch, first_layers):
     model, tokenizer = first_layers
     monkeypatch.setattr(smollm2, "load", lambda *_: (copy.deepcopy(model), tokenizer))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
 import fluxcompile
 from fluxcompile import FluxWarning, RewriteError
@@ -47,7 +47,13 @@ def test_routes_of_a_wrapper_say_what_to_call_instead(ids):
 
 def continuous(model, prompts) -> list[list[int]]:
     config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
-    results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # not all of the memory
+    results = model.generate_batch(
+        inputs=prompts,
+        generation_config=config,
+        continuous_batching_config=small,
+        progress_bar=False,
+    )
     assert not any(result.error for result in results.values()), results
     return [list(result.generated_tokens) for result in results.values()]
 

@@ -56,7 +56,7 @@ def test_exact_is_what_greedy_generation_says():
     """Under a router that divides the rows; one token otherwise, and it is not."""
     llama = cases.model()
     router = cases.divided_router(llama, PROMPTS)
-    said = [_decoded(llama, router, prompt.prompt, 6) for prompt in PROMPTS]
+    said = _decoded(llama, router, [prompt.prompt for prompt in PROMPTS], 6)
     generated = [Prompt(p.prompt, tokens) for p, tokens in zip(PROMPTS, said, strict=True)]
     other = [Prompt(p.prompt, (*p.target[:4], 60 - p.target[4], 3)) for p in generated]
     with AsUser.of(llama, router=router, lowering="eager") as run:
@@ -67,21 +67,24 @@ def test_exact_is_what_greedy_generation_says():
 
 
 @torch.no_grad()
-def _decoded(llama, router, prompt, n) -> tuple[int, ...]:
-    """``n`` tokens by the compiled model, one at a time."""
+def _decoded(llama, router, prompts, n) -> list[tuple[int, ...]]:
+    """``n`` tokens for each prompt by the compiled model, one at a time."""
     fluxcompile.attach(llama, router)
     llama.compile(backend="flux", options={"lowering": "eager", "strict": True})
-    cache, ids, tokens = DynamicCache(config=llama.config), torch.tensor([prompt]), []
-    for _ in range(n):
-        logits = llama(ids, past_key_values=cache, use_cache=True).logits
-        ids = logits[:, -1:].argmax(dim=-1)
-        tokens.append(int(ids))
-        for layer in cache.layers:
-            for buffer in (layer.keys, layer.values):
-                torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    said = []
+    for prompt in prompts:
+        cache, ids, tokens = DynamicCache(config=llama.config), torch.tensor([prompt]), []
+        for _ in range(n):
+            logits = llama(ids, past_key_values=cache, use_cache=True).logits
+            ids = logits[:, -1:].argmax(dim=-1)
+            tokens.append(int(ids))
+            for layer in cache.layers:
+                for buffer in (layer.keys, layer.values):
+                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
+        said.append(tuple(tokens))
     llama._compiled_call_impl = None
     fluxcompile.detach(llama)
-    return tuple(tokens)
+    return said
 
 
 @torch.no_grad()
@@ -98,36 +101,36 @@ def _generated(llama, prompt, n):
     ids=str,
 )
 def test_patterns_are_the_same_both_ways(routes):
+    """Targets of one token among them."""
     llama = cases.model()
+    short = [Prompt(p.prompt, p.target[:1]) for p in PROMPTS]
     with AsUser.of(llama, routes=routes, config=cases.CONFIG, lowering="eager") as run:
         expected = run(PROMPTS)
     with AsUser.of(llama, routes="full", config=cases.CONFIG, lowering="eager") as run:
-        full = run(PROMPTS)
+        full, of_one_token = run(PROMPTS), run(short)
     with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
         found = graph.pattern(routes)(PROMPTS)
+        assert_same(graph.pattern([1, 1, 1])(short), of_one_token)
     assert_same(found, expected)
     assert found.full.tolist() == [[bool(full) for full in routes]] * len(PROMPTS)
     assert (found.loss - full.loss).abs().min() > 1e-3, "sparse attention does not show"
 
 
 def test_routers_are_the_same_both_ways():
+    """And as a user: two graphs serve every length."""
     llama = cases.model()
     router = cases.divided_router(llama, PROMPTS)
     with AsUser.of(llama, router=router, lowering="eager") as run:
         expected = run(PROMPTS)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run(cases.prompts(6, shortest=130, targets=30))
     assert 0 < expected.full.double().mean() < 1, "every row takes the same routes"
-    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
-        assert_same(graph.routed(router)(PROMPTS), expected)
-
-
-def test_the_answer_does_not_move_the_route():
-    """The last tokens that a router pools are the prompt's, whatever follows."""
-    llama = cases.model()
-    router = cases.divided_router(llama, PROMPTS)
+    # The last tokens that a router pools are the prompt's, whatever follows.
     other = [Prompt(p.prompt, q.target) for p, q in zip(PROMPTS, PROMPTS[::-1], strict=True)]
     with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
         run = graph.routed(router)
         one, two = run(PROMPTS), run(other)
+    assert_same(one, expected)
     assert torch.equal(one.full, two.full)
     assert (one.loss != two.loss).any()
 
@@ -144,24 +147,6 @@ def test_one_compile_serves_every_router_and_pattern():
             alike.append(graph.routed(FluxRouter.from_model(llama, cases.CONFIG))(PROMPTS))
     assert len({tuple(scores.loss.tolist()) for scores in alike}) == 4
     assert alike[-1].full.all(), "an untrained router is full attention"
-
-
-def test_two_graphs_serve_every_length():
-    llama = cases.model()
-    router = cases.divided_router(llama, PROMPTS)
-    with AsUser.of(llama, router=router, lowering="eager") as run:
-        run(PROMPTS)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            run(cases.prompts(6, shortest=130, targets=30))
-
-
-def test_targets_of_one_token():
-    llama = cases.model()
-    prompts = [Prompt(p.prompt, p.target[:1]) for p in PROMPTS]
-    with AsUser.of(llama, routes="full", lowering="eager") as run:
-        expected = run(prompts)
-    with OneGraph.of(llama, cases.CONFIG, lowering="eager") as graph:
-        assert_same(graph.pattern([1, 1, 1])(prompts), expected)
 
 
 def test_the_model_is_left_as_it_was():

@@ -16,11 +16,9 @@ pytest.importorskip("triton")
 
 # what pytest selects by: the file
 KERNELS = {
-    "prefill": "interpreted.py",
     "gradients": "interpreted.py",
-    "decode or router": "interpreted.py",
-    "triangle or block_sparse": "interpreted_sparse.py",
-    "xattention or half": "interpreted_sparse.py",
+    "prefill or decode or router": "interpreted.py",
+    "triangle or block_sparse or xattention or half": "interpreted_sparse.py",
 }
 
 

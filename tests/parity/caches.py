@@ -23,6 +23,15 @@ GROWING = [KINDS[0], pytest.param(ROOM, id="fixed", marks=pytest.mark.slow)]
 FIXED = [pytest.param(None, id="growing", marks=pytest.mark.slow), KINDS[1]]
 
 
+def one_kind_each(first, second) -> list:
+    """Pairs of a case and a kind: ``first`` growing, ``second`` fixed, the other two if slow."""
+    cases = [(first, None), (second, ROOM), (first, ROOM), (second, None)]
+    return [
+        pytest.param(case, room, id=f"{case}-{'fixed' if room else 'growing'}", marks=marks)
+        for (case, room), marks in zip(cases, [(), (), *[pytest.mark.slow] * 2], strict=True)
+    ]
+
+
 def flux_cache(model: PreTrainedModel, max_length: int | None = None, spare: int = SPARE):
     return fluxcompile.FluxCache(model, sink=SINK, local=LOCAL, spare=spare, max_length=max_length)
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import fluxcompile
-from tests.parity.caches import FIXED, GROWING, KINDS, flux_cache, generate_with, untrimmed
+from tests.parity.caches import (
+    FIXED,
+    GROWING,
+    ROOM,
+    flux_cache,
+    generate_with,
+    one_kind_each,
+    untrimmed,
+)
 from tests.parity.decide import decide
 from tests.parity.harness import (
     all_rows,
@@ -56,27 +64,32 @@ def test_same_tokens_by_a_static_pattern(kind, padding, max_length):
     )
 
 
-@pytest.mark.parametrize("max_length", KINDS)
 @pytest.mark.parametrize(
-    "length", [pytest.param(1, marks=pytest.mark.slow), SINK, SINK + LOCAL + 1]
+    ("length", "max_length"),
+    [
+        *one_kind_each(SINK, SINK + LOCAL + 1),
+        pytest.param(1, None, id="1-growing", marks=pytest.mark.slow),
+        pytest.param(1, ROOM, id="1-fixed", marks=pytest.mark.slow),
+    ],
 )
 def test_short_prompts_grow_into_the_ring(length, max_length):
-    model, given = three_layers("llama"), prompt(2, length, "left")
-    compiled(model, routes=PATTERN, config=flux_config(), strict=True)
+    model, given = tiny_model("llama"), prompt(2, length, "left")
+    compiled(model, routes=(0, 1), config=flux_config(), strict=True)
     cache = flux_cache(model, max_length)
     got = generate_with(model, given, NEW, cache)
-    assert cache.memory().trimmed == (0, 2)
-    assert_follows(
-        three_layers("llama"), got, given, definition_of(all_rows(2, PATTERN), flux_config())
-    )
+    assert cache.memory().trimmed == (0,)
+    definition = definition_of(all_rows(2, (0, 1)), flux_config())
+    assert_follows(tiny_model("llama"), got, given, definition)
 
 
 @pytest.mark.parametrize("max_length", GROWING)
-@pytest.mark.parametrize("length", [63, pytest.param(14, marks=pytest.mark.slow)])
-def test_a_layer_is_trimmed_where_all_rows_are_sparse(length, max_length):
+@pytest.mark.parametrize(
+    ("length", "router_seed"), [(63, 2), pytest.param(14, 1, marks=pytest.mark.slow)]
+)
+def test_a_layer_is_trimmed_where_all_rows_are_sparse(length, router_seed, max_length):
     """Routers decide, rows differ; layers that some row reads in full keep every token."""
-    model, twin = (tiny_model("qwen3", num_hidden_layers=4) for _ in range(2))
-    router = random_router(model)
+    model, twin = three_layers("qwen3"), three_layers("qwen3")
+    router = random_router(model, seed=router_seed)
     fluxcompile.attach(model, router)
     compiled(model, strict=True)
     seen = set()
@@ -99,8 +112,8 @@ def test_a_layer_is_trimmed_where_all_rows_are_sparse(length, max_length):
 )
 def test_lowered(lowering, max_length):
     """Mixed rows under a router, and the backend by its name."""
-    model, twin = (tiny_model("qwen3", num_hidden_layers=4) for _ in range(2))
-    router = random_router(model)
+    model, twin = three_layers("qwen3"), three_layers("qwen3")
+    router = random_router(model, seed=2)
     fluxcompile.attach(model, router)
     model.compile(backend="flux", dynamic=True, options={"lowering": lowering, "strict": True})
     given, full = some_layers_sparse_in_all_rows(twin, router)
@@ -127,18 +140,18 @@ def some_layers_sparse_in_all_rows(twin, router):
 )
 def test_other_sparse_prefills_decode_by_the_same_ring(mode):
     config = flux_config(sparse=mode, block=16, stride=4, last=5)
-    model, given = three_layers("llama"), prompt(2, 90, "left")
-    compiled(model, routes=PATTERN, config=config, strict=True)
+    model, given = tiny_model("llama"), prompt(2, 90, "left")
+    compiled(model, routes=(0, 1), config=config, strict=True)
     expected = generate_with(model, given, NEW, untrimmed(model))
     cache = flux_cache(model)
     assert_same_generation(generate_with(model, given, NEW, cache), expected)
-    assert cache.memory().trimmed == (0, 2)
+    assert cache.memory().trimmed == (0,)
 
 
 def test_inference_mode():
     """Rings are written in later calls whatever mode they were made in."""
-    model, given = three_layers("llama"), prompt(2, 63)
-    compiled(model, routes=PATTERN, config=flux_config(), strict=True)
+    model, given = tiny_model("llama"), prompt(2, 63)
+    compiled(model, routes=(0, 1), config=flux_config(), strict=True)
     expected = forward(model, given, past_key_values=untrimmed(model))
     cache = flux_cache(model)
     with torch.inference_mode():

@@ -27,18 +27,24 @@ def routed(kind, layers=6, lowering="eager", **options):
     return model, twin, router
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize(
-    ("kind", "padding"),
-    [
-        ("llama", "left"),
-        ("llama", "ones"),
-        ("qwen3", "ones"),
-        pytest.param("llama", "right", marks=pytest.mark.slow),
-        pytest.param("llama-eager", "left", marks=pytest.mark.slow),
-        pytest.param("qwen3", "left", marks=pytest.mark.slow),
-    ],
-)
+DEFAULT = {
+    ("llama", "left", "dynamic"),
+    ("llama", "left", "static"),
+    ("llama", "ones", "static"),
+    ("qwen3", "ones", "dynamic"),
+}
+
+
+def mixed_cases():
+    kinds = [("llama", "left"), ("llama", "ones"), ("llama", "right"), ("llama-eager", "left"),
+             ("qwen3", "left"), ("qwen3", "ones")]  # fmt: skip
+    cases = [(*kind, cache) for kind in kinds for cache in ("dynamic", "static")]
+    return [
+        pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow) for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("kind", "padding", "cache"), mixed_cases())
 def test_mixed_rows(kind, padding, cache, lowered):
     """Rows and layers differ in their routes, yet every layer runs the same few graphs."""
     model, twin, router = routed(kind)

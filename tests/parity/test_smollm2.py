@@ -4,7 +4,7 @@ import pydoc_data.topics
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 import fluxcompile
 from fluxcompile import smollm2
@@ -33,20 +33,19 @@ def real():
     return model.requires_grad_(False), tokenizer
 
 
-def test_the_architecture_is_what_the_file_says(real):
-    file = smollm2.gguf_path()
+def test_the_architecture_is_what_the_file_says():
+    try:
+        file = smollm2.gguf_path()
+    except smollm2.ModelMissingError as missing:
+        pytest.skip(str(missing))
     written = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    given = real[0].config
+    given = LlamaConfig(**smollm2.ARCHITECTURE)
     rounded = {"rms_norm_eps": pytest.approx(written.rms_norm_eps, rel=1e-6)}
     for name in smollm2.ARCHITECTURE:
         assert getattr(given, name) == rounded.get(name, getattr(written, name)), name
     assert given.hidden_act == written.hidden_act
     assert not written.attention_bias
     assert not written.mlp_bias
-
-
-def test_its_routers_are_named_after_the_model_not_a_folder(real):
-    assert fluxcompile.FluxRouter.from_model(real[0]).base_model == smollm2.NAME
 
 
 def text(tokenizer, words) -> Prompt:

@@ -22,7 +22,6 @@ LENGTHS = (1, 2, 63, 300)
 GROWING = (SINK + LOCAL - 3, 8)
 
 DEFAULT = {
-    ("llama", "left", "dynamic", "sparse", (0, 0)),
     ("llama", "right", "static", "sparse", (0, 0)),
     ("llama", "left", "dynamic", "dense", (0, 1)),
     ("llama-eager", "right", "dynamic", "sparse", (0, 1)),

@@ -1,5 +1,7 @@
 """A model compiled for training computes the eager mixture, and its gradients."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,9 +11,14 @@ from tests.training import cases
 from tests.training.cases import LONG, SHORT
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("length", [SHORT, LONG], ids=["short", "long"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "length", "padding"),
+    [
+        *itertools.product(["llama"], (SHORT, LONG), ("none", "left", "right")),
+        ("qwen3", SHORT, "right"),
+        ("qwen3", LONG, "left"),
+    ],
+)
 def test_loss_shares_and_gradients(kind, length, padding):
     case = cases.compiled(cases.trainable(kind))
     batch = prompt(3, length, padding)
