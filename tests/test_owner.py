@@ -255,7 +255,9 @@ def test_training_graphs_take_the_tensors_of_their_own_router(ids):
 # Lowerings, memory, cost
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "lowering", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"]
+)
 def test_lowered(ids, lowering):
     counters.clear()
     models = [compile_layers(llama(letters), lowering=lowering) for letters in ("SF", "FS")]

@@ -64,8 +64,9 @@ def test_prefill_dispatch_of_cuda(name):
 
 #: their padding, window or place others have too, with routes besides; a GPU runs these as well
 PLAINER = {
-    "full-right", "full-both", "full-empty", "full-window", "full-softcap", "chunk-full",
-    "static-cache-full", "streaming-300", "mixed-window-small",
+    "full-1", "full-2", "full-63", "full-left", "full-right", "full-both", "full-empty",
+    "full-window", "full-window-left", "full-softcap", "chunk-full", "static-cache-full",
+    "streaming-300", "mixed-right", "mixed-window-small", "window-shorter-right",
 }  # fmt: skip
 GRADIENTS = [small(c) for c in triton_checks.GRADIENTS if c.name not in PLAINER]
 

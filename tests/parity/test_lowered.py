@@ -15,7 +15,9 @@ from tests.parity.harness import (
 from tests.parity.models import flux_config, prompt, random_router, tiny_model
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "lowering", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"]
+)
 def test_mixed_rows_under_a_router(lowering):
     """Padding, rows that differ, growth, a second prompt; DynamicCache."""
     model, twin = tiny_model("qwen3"), tiny_model("qwen3")
