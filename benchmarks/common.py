@@ -39,6 +39,11 @@ def environment(device: str) -> dict:
     }
 
 
+def undated(where: dict) -> dict:
+    """An `environment` as it is on another day."""
+    return {name: value for name, value in where.items() if name != "date"}
+
+
 def git_commit() -> str:
     """What FLUXCOMPILE_COMMIT says (for a copy of a tree); else the checkout's commit.
 

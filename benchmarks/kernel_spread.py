@@ -8,14 +8,13 @@ lie in a folder beside the file, ``NAME.parts``, until all of it is measured.
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from common import some_gpus, write_json
+from common import some_gpus, undated, write_json
 from kernel_record import Record, merge
-from slots import Ended, Job, Processes, shares
+from slots import Ended, Job, Processes, script_job, shares
 
 SCRIPT = Path(__file__).with_name("kernels.py")
 Shape = tuple[int, int, int]  # head dim, length, batch
@@ -65,14 +64,13 @@ def name_of(shape: Shape) -> str:
 
 def _job(shape: Shape, file: Path, args: argparse.Namespace, at_once: int) -> Job:
     head_dim, length, batch = map(str, shape)
-    command = [
-        sys.executable, str(SCRIPT), "--head-dims", head_dim, "--lengths", length, "--batches",
+    arguments = [
+        "--head-dims", head_dim, "--lengths", length, "--batches",
         batch, "--sink", str(args.sink), "--local", str(args.local), "--device", args.device,
         *["--tiny"] * args.tiny, "--at-once", str(at_once), "--json", str(file),
         "--kernels", *args.kernels,
     ]  # fmt: skip
-    # A script finds its neighbours beside itself, unless this is set.
-    return Job(name_of(shape), command, file.with_suffix(".log"), False, {"PYTHONSAFEPATH": None})
+    return script_job(name_of(shape), SCRIPT, arguments, file.with_suffix(".log"))
 
 
 def _found(ended: Ended, file: Path, like: Record) -> Record:
@@ -94,7 +92,7 @@ def _kept(file: Path, args: argparse.Namespace, now: Record) -> Record | None:
     record = Record(**json.loads(file.read_text()))
 
     def same(record: Record) -> list:
-        where = {key: value for key, value in record.environment.items() if key != "date"}
+        where = undated(record.environment)
         return [where, record.dtype, record.heads, record.kv_heads, record.kernels]
 
     window = all((row["sink"], row["local"]) == (args.sink, args.local) for row in record.rows)

@@ -17,11 +17,8 @@ With ``--gpus`` every shape is measured by a process of its own, on one GPU: see
 
 import argparse
 import itertools
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 from measured_kernels import MEASURED, Measurement, Setting
@@ -36,7 +33,8 @@ from common import (
 )
 from kernel_record import Record
 from kernel_spread import spread
-from record import failure
+from record import add_common, failure
+from slots import leave_on_sigterm
 
 USUAL = {"lengths": [8192, 32768, 131072], "batches": [1, 8], "head_dims": [128, 64],
          "sink": 128, "local": 2048}  # fmt: skip
@@ -52,17 +50,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(name, type=int, nargs="+", metavar="N")
     parser.add_argument("--sink", type=int)
     parser.add_argument("--local", type=int)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    add_common(parser, tiny="small sizes")
     parser.add_argument("--gpus", type=int, help="a process a shape, so many side by side")
     parser.add_argument(
         "--resume", action="store_true", help="with --gpus: keep the shapes that were measured"
     )
-    parser.add_argument(
-        "--at-once", type=int, default=1, metavar="N",
-        help="for the record: so many processes measure on this machine, on a GPU each",
-    )  # fmt: skip
     args = parser.parse_args(arguments)
     for name, value in (TINY if args.tiny else USUAL).items():
         if getattr(args, name) is None:
@@ -92,8 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.gpus is None:
         measure_all(record, dtype, args)
     else:
-        # Whoever is asked to end stops the processes too.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        leave_on_sigterm()
         spread(args, record, list(shapes(args)))
         print_rows(record, args)
     if record.failures:

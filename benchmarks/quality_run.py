@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from common import some_gpus
+from common import some_gpus, undated
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError
 from fluxcompile.evaluation.one_graph import serves
@@ -25,6 +25,7 @@ from quality_partial import Partial, prompts_digest, weights_digest
 from quality_pool import InPlace, Spread
 from quality_static import counterparts
 from quality_worker import Worker, load
+from slots import threads_each
 
 Routes = tuple[int, ...]
 
@@ -191,7 +192,7 @@ def partial_results(
         "model": weights_digest(model),
         "prompts": prompts_digest(cells),
         "settings": {name: getattr(args, name) for name in DECISIVE},
-        "where": {name: value for name, value in where.items() if name != "date"},
+        "where": undated(where),
     }
     return Partial(args.output / "partial", common)
 
@@ -223,7 +224,7 @@ def environments(device: str, count: int) -> list[dict[str, str]]:
     if device == "cpu":
         return [{} for _ in range(count)]
     gpus = some_gpus(count)
-    share = str(max(1, len(os.sched_getaffinity(0)) // count))
+    share = str(threads_each(count))
     threads = {
         name: os.environ.get(name, share)
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")

@@ -81,7 +81,7 @@ class Runner:
             jobs.append(slots.Job(run.name, [*command, *arguments], output / f"{run.name}.log",
                                   append=begun, environment={"PYTHONSAFEPATH": "1"}))  # fmt: skip
         at_once = min(len(gpus), len(runs)) or 1
-        threads = max(1, len(slots.cores()) // at_once)
+        threads = slots.threads_each(at_once)
         self.processes = slots.Processes(
             jobs, [slots.Slot(gpu, threads) for gpu in gpus],
             deadline=None if limit is None else time.monotonic() + limit,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common import environment, synchronise, write_json
+from common import environment, synchronise, undated, write_json
 
 #: what has no influence on a row; `at_once` may have, and is said of each
 ASIDE = ("json", "resume", "only", "at_once")
@@ -106,10 +106,19 @@ def _again(row: dict[str, Any]) -> bool:
 
 
 def _same(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
-    there, here = (
-        {k: v for k, v in x["environment"].items() if k != "date"} for x in (earlier, now)
-    )
+    there, here = (undated(x["environment"]) for x in (earlier, now))
     return there == here and earlier["settings"] == now["settings"]
+
+
+def add_common(parser: argparse.ArgumentParser, tiny: str) -> None:
+    """What every script takes that measures; ``tiny`` says what a run to try it is of."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help=f"{tiny}, to try the script")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N",
+        help="for the record: so many benchmarks run on this machine, on a GPU each",
+    )  # fmt: skip
 
 
 def parse_with_common(
@@ -120,18 +129,12 @@ def parse_with_common(
     These are ``--device``, ``--tiny``, ``--lowering``, ``--only``, ``--json``, ``--resume`` and
     ``--at-once``.
     """
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
+    add_common(parser, tiny="a toy model")
     parser.add_argument("--lowering", default="inductor", help="of flux")
     parser.add_argument("--only", metavar="REGEX", help="only rows whose name this is found in")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that --json has, if they are of this"
     )
-    parser.add_argument(
-        "--at-once", type=int, default=1, metavar="N",
-        help="for the record: so many benchmarks run on this machine, on a GPU each",
-    )  # fmt: skip
     args = parser.parse_args(arguments)
     args.shape = "tiny" if args.tiny else args.shape
     return args

@@ -23,8 +23,6 @@ says how many parts ran at once, and so does the summary.
 import argparse
 import json
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +35,7 @@ from run_parts import PARTS, TINY, Part, chosen, in_turn
 from run_plots import decode_plot, has_matplotlib, prefill_plot
 from run_results import Results
 from run_summary import bad_rows, goal_rows, markdown, part_rows
-from slots import Ended, Job, Processes, Slot, shares
+from slots import Ended, Job, Processes, Slot, leave_on_sigterm, script_job, shares
 
 FOLDER = Path(__file__).parent
 
@@ -160,16 +158,14 @@ def is_there(part: Part, args: argparse.Namespace, commit: str) -> bool:
 def job_of(part: Part, args: argparse.Namespace, at_once: int) -> Job:
     """The part's process: with its log in a file, unless all that runs is on one GPU."""
     file = file_of(part, args)
-    command = [sys.executable, str(FOLDER / f"{part.script}.py"), *part.argv(args),
-               "--json", str(file), "--resume", "--at-once", str(at_once)]  # fmt: skip
+    arguments = [*part.argv(args), "--json", str(file), "--resume", "--at-once", str(at_once)]
     log = args.output / "logs" / f"{part.name}.log" if args.gpus > 1 else None
-    # A script finds its neighbours beside itself, unless this is set.
-    return Job(part.name, command, log, file.exists(), {"PYTHONSAFEPATH": None})
+    script = FOLDER / f"{part.script}.py"
+    return script_job(part.name, script, arguments, log, append=file.exists())
 
 
 if __name__ == "__main__":
-    # Whoever is asked to end stops the parts too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    leave_on_sigterm()
     try:
         main()
     except FluxError as error:

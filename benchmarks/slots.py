@@ -1,6 +1,6 @@
 """Processes side by side: as many at a time as there are slots, until a deadline.
 
-For `run.py`, `kernels.py` and `recipes.py`. Nothing of torch is imported here.
+For `run.py`, `kernels.py` and `recipes.py`; `quality.py` shares out cores alike. Imports no torch.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,15 @@ class Job:
     log: Path | None = None
     append: bool = False
     environment: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def script_job(
+    name: str, script: Path, arguments: Sequence[str], log: Path | None, append: bool = False
+) -> Job:
+    """``python script arguments`` as a job."""
+    command = [sys.executable, str(script), *arguments]
+    # A script finds its neighbours beside itself, unless this is set.
+    return Job(name, command, log, append, {"PYTHONSAFEPATH": None})
 
 
 @dataclass(frozen=True)
@@ -179,13 +189,23 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0), key=lambda core: (_first_sibling(core), core))
 
 
+def threads_each(processes: int) -> int:
+    """Of the cores, for each of so many processes side by side."""
+    return max(1, len(cores()) // max(1, processes))
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM unwind this process, so that what it has started is stopped too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def shares(gpus: Sequence[str]) -> list[Slot]:
     """One slot for each of ``gpus``, with its share of the cores.
 
     Where the platform cannot hold a process to some cores, it only has fewer threads.
     """
     all_of_them = cores()
-    threads = max(1, len(all_of_them) // max(1, len(gpus)))
+    threads = threads_each(len(gpus))
     if not hasattr(os, "sched_setaffinity") or len(all_of_them) < len(gpus):
         return [Slot(gpu, threads) for gpu in gpus]
     return [

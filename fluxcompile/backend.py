@@ -44,9 +44,6 @@ from fluxcompile.training_graph import (
 #: puts the lowered graph behind what passes its additional inputs and takes its additional outputs
 _Runtime = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-#: what holds a router's weights, or the router
-_OURS = CompiledGraph | SharedGraph | TrainingGraph
-
 log = logging.getLogger(__name__)
 
 _stats: dict[str, Any] = {}
@@ -127,7 +124,7 @@ def compile_graph(
         lowered = lower(gm, inputs, without_graphs_of_prompts(options, result.sites))
     compiled = run(lowered)
     tie = tie_of(planner.attachment) if planner.attachment else None
-    if tie is not None and isinstance(compiled, _OURS):
+    if tie is not None and isinstance(compiled, CompiledGraph | SharedGraph | TrainingGraph):
         return EndingGraph(compiled, tie)
     return compiled
 

@@ -44,6 +44,10 @@ class KeptRoutes:
             sparse = tuple(x in known and self.sparse[known[x]] for x in layers)
         return KeptRoutes(layers, torch.stack(columns, dim=1), sparse=sparse)
 
+    def lacks(self, layers: tuple[int, ...]) -> bool:
+        """Whether some of ``layers`` have no column here."""
+        return layers != self.layers and not set(layers) <= set(self.layers)
+
     def of_rows(self, rows: torch.Tensor) -> KeptRoutes:
         """Of a batch made of ``rows``, int64 ``[B']``."""
         return replace(self, full=self.full[rows.to(self.full.device)])

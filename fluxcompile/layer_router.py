@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import nn
 
-SPARSE, FULL = 0, 1  # a router's classes
+FULL = 1  # the class of full attention; 0 is sparse
 
 # A new router routes to full attention: its logits are these, whatever it reads.
 UNTRAINED_LOGITS = (0.0, 4.5)

@@ -55,7 +55,7 @@ def compile_regions(
     """What each decoder layer's compiled call becomes.
 
     Raises:
-        OptionError: the options want the whole model, or it has no stack of decoder layers.
+        OptionError: the model has no stack of decoder layers.
     """
     names = _attention_names(model)
     backend = RegionalFlux(options, LayerTable(model, names))

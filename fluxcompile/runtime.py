@@ -105,8 +105,7 @@ class CompiledGraph:
         key = inputs[self._io.past_key]
         known = kept(key)
         routes = known.for_layers(self._io.layers, key.shape[0]) if known is not None else None
-        strange = known is not None and not set(self._io.layers) <= set(known.layers)
-        if not self._io.decides and (routes is None or strange):
+        if not self._io.decides and (routes is None or known.lacks(self._io.layers)):
             self._report_lost()
         if routes is None:
             layers = self._io.layers

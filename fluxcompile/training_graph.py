@@ -74,7 +74,8 @@ class TrainingIO:
         if self.soft:
             noise = active.noise_on(self.device, self._batch_of(traced))
             if self.shared:
-                noise = noise[:, self.layers].contiguous()
+                (layer,) = self.layers  # as a slice: an index would be sent to the device
+                noise = noise[:, layer : layer + 1].contiguous()
             found += [
                 active.temperature_on(self.device),
                 noise,

@@ -56,8 +56,8 @@ class RouterTrainingArguments(CompiledTrainingArguments):
         calibration_rows: examples over which the features of a router that standardises them are
             measured, before the first step. A router that has been measured before is left as it
             is.
-        regional: compile decoder layers one by one, equal ones once: the first step comes much
-            sooner. Not for models with sliding windows, nor with ``shard_backbone``.
+        regional: compile decoder layers one by one, equal ones once: as many graphs for a deep
+            model as for a shallow one. Not for sliding windows, nor with ``shard_backbone``.
         shard_backbone: split the backbone's matrices over the processes of each machine instead
             of copying it to each: see :mod:`fluxcompile.training.sharding`.
 

@@ -149,13 +149,17 @@ class Regions:
         self._calls = compile_regions(model, options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = {layer: layer._compiled_call_impl for layer in self._calls}
         try:
-            for layer, call in self._calls.items():
-                layer._compiled_call_impl = call
+            _call_layers_by(self._calls)
             return self._body(*args, **kwargs)
         finally:
-            for layer in self._calls:
-                layer._compiled_call_impl = None
+            _call_layers_by(before)
+
+
+def _call_layers_by(calls: Mapping[nn.Module, Callable[..., Any] | None]) -> None:
+    for layer, call in calls.items():
+        layer._compiled_call_impl = call
 
 
 def _options(

@@ -127,8 +127,8 @@ def convert(source: Path, output: Path, dtype: str = "float32", bias: float = 0.
     card = source / router_io.CARD_FILE
     if card.is_file():
         output.mkdir(parents=True, exist_ok=True)
-        text = card.read_text(encoding="utf-8") + (_BIASED.format(bias=bias) if bias else "")
-        write_all({output / router_io.CARD_FILE: text.encode()})
+        said = _BIASED.format(bias=bias).encode() if bias else b""
+        write_all({output / router_io.CARD_FILE: card.read_bytes() + said})
     router.save_pretrained(output, dtype=getattr(torch, dtype))
     return router
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import set_seed
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError
+from fluxcompile.layer_router import FULL
 from fluxcompile.model_layers import text_config, unwrap
 from fluxcompile.router import FluxRouter
 from fluxcompile.training import backbone, checkpoint
@@ -126,7 +127,7 @@ def _router(
             set_seed(arguments.seed)  # the same new router in every process
             router = FluxRouter.from_model(model, config)
             for layer in router.layers:
-                layer.head[-1].bias[1] = arguments.full_bias
+                layer.head[-1].bias[FULL] = arguments.full_bias
             return router
     if config is not None and config != router.config:
         raise ConfigError.mismatch("config", "None, or that of router", f"{config}")
