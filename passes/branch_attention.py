@@ -2,7 +2,8 @@
 
 ==================  ==========================================================================
 before              ``scaled_dot_product_attention(q, expand(k), expand(v), attn_mask=[S, S])``
-full                causal SDPA on unexpanded k and v, or ``flux::full_attention`` with ranges
+full                causal SDPA on unexpanded k and v, or ``flux::full_attention``: with ranges, or
+                    where our kernel may be the faster one
 sparse              the sparse mode's operator (prefill), ``flux::decode_attention`` (decode)
 routed, prefill     ``cond(all rows full, full, sparse with per-row routes)``
 retrieval mode      XAttention in the place of full; a mixed batch computes both and picks by row
@@ -21,8 +22,9 @@ from torch import fx
 from torch.nn import functional
 
 from fluxcompile.config import FluxConfig
+from fluxcompile.kernels.streaming.cuda import OUTRUNS_CUDNN_FROM, may_outrun_cudnn
 from fluxcompile.passes.emit import Branch, Emitter, UnknownSize
-from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_of
+from fluxcompile.passes.graph_util import as_expr, erase_dead, op_name, same_size, value_of
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
@@ -181,7 +183,7 @@ def _prefill(
 
     def branch(mode: str, route: fx.Node | None = None) -> Branch:
         if mode == "full":
-            return full_branch(site, operands)
+            return full_branch(site, operands, ours=_may_outrun_cudnn(site))
         return sparse_branch(mode, site, operands, route, config)
 
     dense = plan.retrieval if _retrieves(site, plan) else "full"
@@ -246,9 +248,26 @@ def is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
     return bool(value_of(site.k).shape[2] <= reach)
 
 
-def full_branch(site: AttentionSite, operands: MaskOperands) -> Branch:
+def _may_outrun_cudnn(site: AttentionSite) -> bool:
+    """Whether the operator, which knows the length when it runs, may choose better than SDPA.
+
+    A length known now to be short is left to SDPA; asking about a symbolic one would guard on it.
+    """
+    q = value_of(site.q)
+    if not may_outrun_cudnn(q):
+        return False
+    length = as_expr(q.shape[2])
+    return not length.is_Integer or int(length) >= OUTRUNS_CUDNN_FROM[q.shape[3]]
+
+
+def full_branch(site: AttentionSite, operands: MaskOperands, ours: bool = False) -> Branch:
+    """Full attention: torch's SDPA where that can say it, else ``flux::full_attention``.
+
+    Args:
+        ours: the operator, even where SDPA could.
+    """
     plain = operands.is_plain_causal and not site.window and not site.softcap
-    if plain and same_size(site.q_shape[2], site.k_shape[2]):
+    if plain and not ours and same_size(site.q_shape[2], site.k_shape[2]):
         grouped = not same_size(site.q_shape[1], site.k_shape[1])
         return Branch(
             functional.scaled_dot_product_attention,

@@ -7,18 +7,37 @@ from fluxcompile.kernels.blockwise import irregular_attention
 from fluxcompile.kernels.dispatch import hopper_module, triton_module
 from fluxcompile.kernels.masks.flags import ALL_VALID, READABLE
 
+#: head dim: queries from which the Hopper kernel outruns cuDNN's causal attention on a GPU that is
+#: kept busy, as a model keeps it (`benchmarks/kernels.py`, dense rows). A short prompt is cuDNN's.
+OUTRUNS_CUDNN_FROM = {128: 8192}
+
+
+def may_outrun_cudnn(q: torch.Tensor) -> bool:
+    """Whether, of ``q`` ``[B, H, S, D]``, some length S is served faster by our own kernel.
+
+    From metadata that never is symbolic: for tracing, where the length may be.
+    """
+    return (
+        q.device.type == "cuda"
+        and q.shape[3] in OUTRUNS_CUDNN_FROM
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+    )
+
 
 def full_attention(q, k, v, bounds, key_valid, flags, dense_mask, q_start, window, scale, softcap):
     """See :func:`fluxcompile.kernels.ops.full_attention`.
 
-    Torch's fused kernels (cuDNN, FlashAttention) are the fastest where they can serve. In fp32
-    none takes unexpanded KV: torch would fall back to plain matmuls with every score in memory.
+    Torch's fused kernels (cuDNN, FlashAttention) are the fastest where they can serve, but for long
+    prompts on Hopper. In fp32 none takes unexpanded KV: torch would fall back to plain matmuls with
+    every score in memory.
     """
     all_valid = flags is None or bool(flags[READABLE] & flags[ALL_VALID])
     plain = q_start is None and not window and not softcap and all_valid
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if plain and queries in (1, keys) and not (grouped and q.dtype == torch.float32):
+    ours = queries > 1 and _outruns_cudnn(q, k, v)
+    if plain and queries in (1, keys) and not ours and not (grouped and q.dtype == torch.float32):
         causal = queries > 1  # torch aligns its causal mask at the upper left: equal lengths only
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -51,4 +70,12 @@ def streaming_attention(
         return hopper.attention(q, k, v, ranges, q_start, route, **pattern)
     return triton_module("streaming").attention(
         q, k, v, ranges, q_start, route, softcap=softcap, **pattern
+    )
+
+
+def _outruns_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    return (
+        may_outrun_cudnn(q)
+        and q.shape[2] >= OUTRUNS_CUDNN_FROM[q.shape[3]]
+        and hopper_module("streaming", q, k, v, None, None, 0.0) is not None
     )

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RewriteError
-from fluxcompile.passes import find_cache
+from fluxcompile.passes import branch_attention, find_cache
 from fluxcompile.passes.emit import Emitter, UnknownSize
 from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.graph_util import as_expr, op_name
@@ -63,6 +63,25 @@ def test_full_prefill(family, attention, padded):
         assert site.k_shape[1] == hf.KV_HEADS
         assert site.mask.window == (hf.WINDOW if family == "mistral" else 0)
         assert site.cache is CacheKind.DYNAMIC_NEW
+    same_logits(recorded, result)
+
+
+@pytest.mark.parametrize(("first", "op"), [(hf.LENGTH, FULL_OP), (hf.LENGTH + 1, SDPA)])
+def test_our_kernel_where_it_may_be_faster(monkeypatch, first, op):
+    """A length known to be too short for it is left to SDPA; the operator computes the same."""
+    monkeypatch.setattr(branch_attention, "may_outrun_cudnn", lambda q: True)
+    recorded = hf.prefill("llama")
+    monkeypatch.setattr(branch_attention, "OUTRUNS_CUDNN_FROM", {hf.DIM: first})
+    result = recorded.rewrite(config=LONG)
+    assert attention_ops(result.gm) == {op: hf.LAYERS}
+    same_logits(recorded, result)
+
+
+def test_a_symbolic_length_may_be_long(monkeypatch):
+    monkeypatch.setattr(branch_attention, "may_outrun_cudnn", lambda q: True)
+    recorded = hf.prefill("llama", dynamic=True)
+    result = recorded.rewrite(config=LONG)
+    assert attention_ops(result.gm) == {FULL_OP: hf.LAYERS}
     same_logits(recorded, result)
 
 
@@ -463,6 +482,7 @@ def test_seconds_of_every_pass():
             "assign_layers",
             "start_cache",
             "branch_attention",
+            "store_rotary",
             "verify",
         ),
     ]
