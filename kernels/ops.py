@@ -28,6 +28,7 @@ from fluxcompile.kernels.decode import cpu as decode_cpu
 from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.host_flag.op import await_flag, send_flag
 from fluxcompile.kernels.masks import flags, key_masks
+from fluxcompile.kernels.materialize import materialize
 from fluxcompile.kernels.power.op import power_attention
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.ring.op import agree, growing_cache, ring_cache
@@ -46,6 +47,7 @@ __all__ = [
     "full_attention",
     "growing_cache",
     "mask_bounds",
+    "materialize",
     "power_attention",
     "read_mask",
     "ring_cache",

@@ -24,6 +24,7 @@ from fluxcompile.passes.recover_kv import recover_kv
 from fluxcompile.passes.recover_mask import recover_masks
 from fluxcompile.passes.site import AttentionSite
 from fluxcompile.passes.start_cache import start_caches
+from fluxcompile.passes.store_rotary import store_rotary
 from fluxcompile.passes.verify import verify, verify_mixture
 
 
@@ -75,6 +76,7 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     if plan.training is not None:
         result.shares = clock("mix_attention", lambda: mix_attention(result.gm, result.sites, plan))
         drop_unused(result.sites)
+        clock("store_rotary", lambda: store_rotary(result.gm))
         clock("verify", lambda: verify(result.gm, result.sites))
         clock("verify_mixture", lambda: verify_mixture(result.gm, result.sites, result.shares))
         return result
@@ -83,6 +85,7 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
         "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)
     )
     drop_unused(result.sites)
+    clock("store_rotary", lambda: store_rotary(result.gm))
     clock("verify", lambda: verify(result.gm, result.sites))
     return result
 
