@@ -235,8 +235,10 @@ def results(scripts):
                 decode(at_128k, "flux", "static", 9e-3, 0.5),
                 {**decode(at_128k, "flux", "flux", 8e-3, 0.5, graphs=True), "run": "yesterday"}]),
             "decode-routers-128k": record("decode", [
-                decode(at_128k, "flux", "flux", 8e-3, 0.5),
-                decode(at_128k, "flux", "flux", 8.04e-3, 0.5, "router")]),
+                decode(at_128k, "flux", "flux", 15e-3, 0.5),
+                decode(at_128k, "flux", "flux", 18e-3, 0.5, "router"),
+                decode(at_128k, "flux", "flux", 8e-3, 0.5, graphs=True),
+                decode(at_128k, "flux", "flux", 8.04e-3, 0.5, "router", graphs=True)]),
         }
     )  # fmt: skip
 
