@@ -7,13 +7,15 @@ Needles, other retrieval, code, prose and in-context learning on text that no ro
 on, at 2K, 4K and 8K. Every router runs through the compiled model as a user runs it: the prompt
 fills the cache and decides the routes, the answer follows. An answer counts if greedy generation
 says it token for token (judged teacher-forced, which is the same); code and prose by the loss of
-their second half, routed by the first. Static patterns share one training-mode compile, which is
-checked against the user's on the same prompts first.
+their second half, routed by the first. `fluxcompile/evaluation/as_user.py` says in which sparse
+modes so long a half is what generation computes. Static patterns share one training-mode compile,
+which is checked against the user's on the same prompts first; there it always is.
 
-To compare at equal Ω, each router gets static counterparts with as many sparse layers as it has on
-average, rounded down in their favour: ``greedy`` (searched on training prompts: what costs least
-by ``--search-by``), ``entropy``, ``random``, and ``majority``, the layers that the router itself
-most often makes sparse.
+To compare at equal Ω, each router gets static counterparts with its own sparse attention and as
+many sparse layers as it has on average, rounded down in their favour: ``greedy`` (searched on
+training prompts: what costs least by ``--search-by``), ``entropy``, ``random``, and ``majority``,
+the layers that the router itself most often makes sparse. Routers of several sparse modes may take
+part at once: the patterns then say theirs in their names.
 
 The ablation: train routers that differ in one setting and give all of them, seeds under one name:
 
@@ -40,7 +42,7 @@ import time
 from pathlib import Path
 
 from common import environment, print_table, write_json
-from fluxcompile.config import FluxConfig
+from fluxcompile.config import SPARSE_MODES, FluxConfig
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import builtin_prompts
 from fluxcompile.evaluation.prompts import METRICS, check_lengths
@@ -84,6 +86,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--style", choices=("mixed", "chat", "plain"), default="mixed")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and resamples")
     parser.add_argument("--batch", type=int, default=8, help="prompts a call")
+    parser.add_argument(
+        "--sparse", choices=SPARSE_MODES, default="streaming", help="where no router says"
+    )
     parser.add_argument("--sink", type=int, default=64, help="where no router says")
     parser.add_argument("--local", type=int, default=512, help="where no router says")
     parser.add_argument("--search-length", type=int, default=4096, help="of greedy's prompts")
@@ -126,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     patterns = given_patterns(args.static)
     check_patterns(patterns, layers)
     configs = [router.router.config for router in routers] or [
-        FluxConfig(sink=args.sink, local=args.local)
+        FluxConfig(sparse=args.sparse, sink=args.sink, local=args.local)
     ]
     cells = builtin_prompts(
         tokenizer,

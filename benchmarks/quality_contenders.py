@@ -7,10 +7,10 @@ from typing import ClassVar
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError
 from fluxcompile.evaluation import Results
+from fluxcompile.passes.branch_attention import FIELDS
 from fluxcompile.router import FluxRouter
 
-# Settings that say what sparse attention computes; the others say what a router reads.
-ATTENTION = ("sparse", "retrieval", "sink", "local", "stride", "threshold", "block", "last")
+REACH = ("sink", "local")  # settings that decide every mode, in decode at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +67,23 @@ class StaticRun(Run):
         return self.routes.count(0)
 
 
+def sparse_mode(config: FluxConfig) -> str:
+    """What routes to ``config`` compute, in words: mode, sink+local, and whatever else decides it.
+
+    The other settings say what a router reads.
+    """
+    fields = FIELDS[config.sparse]
+    words = [config.sparse, f"{config.sink}+{config.local}"]
+    if config.retrieval != "full":
+        fields = dict.fromkeys((*fields, *FIELDS[config.retrieval]))
+        words.append(f"retrieval {config.retrieval}")
+    words += [f"{name} {getattr(config, name)}" for name in fields if name not in REACH]
+    return " ".join(words) + (" dense decode" if config.decode == "dense" else "")
+
+
 def same_attention(one: FluxConfig, other: FluxConfig) -> bool:
     """Whether routes to either mean the same attention."""
-    return all(getattr(one, name) == getattr(other, name) for name in ATTENTION)
+    return sparse_mode(one) == sparse_mode(other)
 
 
 def given_routers(

@@ -10,7 +10,7 @@ from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import Results
 from fluxcompile.evaluation.compare import judged, omega, quality, relative
 from fluxcompile.evaluation.intervals import Estimate
-from quality_contenders import RouterRun, Run
+from quality_contenders import RouterRun, Run, sparse_mode
 from quality_static import METHODS
 
 FULL = ("*", "black")
@@ -59,10 +59,14 @@ def pareto(runs: Sequence[Run], seed: int, file: Path) -> None:
 
 
 def _series(run: Run) -> str:
-    """What shares a mark: a recipe's seeds, a method's patterns."""
+    """What shares a mark: a recipe's seeds, a method's patterns of one kind of sparse attention."""
     if isinstance(run, RouterRun):
         return run.source.recipe
-    return run.name.split()[0] if run.name.split()[0] in METHODS else run.name
+    method, *rest = run.name.split()
+    if method not in METHODS:
+        return run.name
+    mode = sparse_mode(run.config)  # in the name where there are several
+    return f"{method} {mode}" if " ".join(rest).endswith(mode) else method
 
 
 def _styles(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:

@@ -18,7 +18,14 @@ from fluxcompile.errors import OptionError
 from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Cells
 from fluxcompile.model_layers import attention_layers
-from quality_contenders import NamedRouter, RouterRun, Run, StaticRun, same_attention
+from quality_contenders import (
+    NamedRouter,
+    RouterRun,
+    Run,
+    StaticRun,
+    same_attention,
+    sparse_mode,
+)
 from quality_jobs import Entropies, Full, Greedy, Job, Pattern, Routed
 from quality_outcome import Outcome
 from quality_partial import Partial, prompts_digest, weights_digest
@@ -76,7 +83,7 @@ class Bench:
         # The search is the longest: with others at work it begins first. Alone it comes last, and
         # leaves its compile to the patterns.
         last = self._args.gpus == 1
-        jobs = [full_job, *routed]
+        jobs = [full_job, *_by_config(routed)]
         self._do([*jobs, *searches] if last else [*searches[::-1], *jobs])
 
         found = self._of(full_job)
@@ -105,7 +112,8 @@ class Bench:
         if depth and "entropy" in self._args.methods:
             jobs.append(Entropies())
         if depth and "greedy" in self._args.methods:
-            jobs += [Greedy(config, depth) for config in distinct if serves(config)]
+            # The last compile is the one that the patterns begin with.
+            jobs += [Greedy(config, depth) for config in reversed(distinct) if serves(config)]
         return jobs
 
     def _statics(
@@ -119,7 +127,7 @@ class Bench:
         expected = {cell: float(result.loss.mean()) for cell, result in full.results.items()}
         jobs = []
         for config in distinct:
-            label = "" if len(distinct) == 1 else f" {config.sparse} {config.sink}+{config.local}"
+            label = "" if len(distinct) == 1 else f" {sparse_mode(config)}"
             patterns = self._patterns(config, routers, given, searches)
             jobs += [
                 Pattern(name + label, config, routes, expected) for name, routes in patterns.items()
@@ -145,7 +153,10 @@ class Bench:
     ) -> dict[str, Routes]:
         methods = list(self._args.methods)
         if not serves(config) and "greedy" in methods:
-            print("no greedy patterns: only streaming attention has one compile for every pattern")
+            print(
+                f"no greedy patterns of {sparse_mode(config)}: only attention that can be trained "
+                "has one compile for every pattern"
+            )
             methods.remove("greedy")
         orders = {}
         for job in searches:
@@ -230,6 +241,12 @@ def environments(device: str, count: int) -> list[dict[str, str]]:
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
     }
     return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for gpu in gpus]
+
+
+def _by_config(routed: Sequence[Routed]) -> list[Routed]:
+    """Those of one config together: a worker keeps one compile open."""
+    configs = list(dict.fromkeys(job.config for job in routed))
+    return sorted(routed, key=lambda job: configs.index(job.config))
 
 
 def check_patterns(given: Mapping[str, Routes], layers: int) -> None:

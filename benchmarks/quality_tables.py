@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fluxcompile.evaluation.compare import judged, omega, quality, relative
 from fluxcompile.evaluation.intervals import Estimate
-from quality_contenders import Run
+from quality_contenders import RouterRun, Run, StaticRun, sparse_mode
 from quality_goals import Verdict
 
 MET = {True: "met", False: "MISSED", None: "—"}
@@ -39,7 +39,7 @@ def omega_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def summary_rows(runs: Sequence[Run], seed: int) -> list[dict[str, str]]:
-    """What is left of full attention's quality, and the two parts of it."""
+    """A contender's sparse attention, what is left of full attention's quality, and its parts."""
     full = runs[0].results
     good = judged(full)
     groups = {
@@ -51,6 +51,7 @@ def summary_rows(runs: Sequence[Run], seed: int) -> list[dict[str, str]]:
     return [
         {
             "routes": run.name,
+            "sparse": sparse_mode(run.config) if isinstance(run, RouterRun | StaticRun) else "—",
             "through": run.through,
             "Ω": f"{omega(run.results):.3f}",
             "quality": _text(quality(run.results, full, seed=seed), 3),

@@ -66,17 +66,36 @@ def pick(full: torch.Tensor, sparse: torch.Tensor, rows: torch.Tensor) -> torch.
     return torch.where(rows.reshape(*rows.shape, *[1] * (4 - rows.dim())), full, sparse)
 
 
-def last_queries(query: torch.Tensor, key_valid: torch.Tensor | None, last: int) -> torch.Tensor:
-    """The queries that triangle attention leaves dense: bool ``[B, S]``, or ``[1, S]``.
+def dense_queries(
+    query: torch.Tensor,
+    key_valid: torch.Tensor | None,
+    prompt_length: torch.Tensor | None,
+    last: int,
+    answer: bool,
+) -> torch.Tensor:
+    """The queries that sparse attention leaves dense: bool ``[B, S]``, or ``[1, S]``.
+
+    Those that inference would: the last ones of the prompt's call, and perhaps all that are
+    decoded after it.
 
     Args:
-        query: ``[B, H, S, D]`` of a whole prompt: query i sits at key i.
+        query: ``[B, H, S, D]`` of a prompt and its answer: query i sits at key i.
         key_valid: bool ``[B, S]``; None for all valid.
-        last: valid queries at the end of each row.
+        prompt_length: int64 ``[B]``, how many of a row's first valid tokens are its prompt; None
+            where whole rows are prompts.
+        last: valid queries at the end of the prompt.
+        answer: those after the prompt too.
     """
     length = query.shape[2]
     if key_valid is None:
-        return (torch.arange(length, device=query.device) >= length - last)[None]
-    # Valid queries from here to the row's end, without a flip: those in all less those before.
-    seen = key_valid.to(torch.int64).cumsum(-1)
-    return key_valid & (seen[:, -1:] - seen < last)
+        rank = torch.arange(length, device=query.device)[None]
+        end = length if prompt_length is None else prompt_length[:, None].clamp(max=length)
+    else:
+        seen = key_valid.to(torch.int64).cumsum(-1)
+        rank, end = seen - 1, seen[:, -1:]
+        if prompt_length is not None:
+            end = torch.minimum(end, prompt_length[:, None])
+    dense = rank >= end - last
+    if prompt_length is not None and not answer:
+        dense = dense & (rank < end)
+    return dense if key_valid is None else dense & key_valid

@@ -41,8 +41,9 @@ class SoftRoutes:
         noise: added to the logits, fp32 ``[B, L, 2]`` with ``L = len(router.layer_names)`` and
             class 1 full attention (Gumbel noise in the paper); None for none.
         prompt_length: int64 ``[B]``, how many of a row's first valid tokens are its prompt: the
-            routers read no further, as at inference, where the answer is not there yet. None
-            where whole rows are prompts.
+            routers read no further, as at inference, where the answer is not there yet, and sparse
+            layers attend to what follows as ``FluxConfig.decode`` says. None where whole rows are
+            prompts.
         hardness: in [0, 1]: how far a layer's mixture is drawn from its shares towards the 0 or 1
             that each is nearer to. 0 in the paper; at 1 a straight-through estimator: hard routes
             forward, the shares' gradient backward. The shares themselves stay soft.

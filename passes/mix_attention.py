@@ -10,7 +10,9 @@ short prompt        full, which sparse equals; the share is left all the same
 
 Full attention is causal SDPA or ``flux::full_attention``, sparse attention
 ``flux::streaming_attention``; both have a backward. Triangle attention is made of the two: full
-for the row's last queries, streaming for the others.
+for the last queries of the row's prompt, streaming for the others. A row may hold an answer behind
+its prompt: at inference that is decoded, and reads what ``FluxConfig.decode`` says, full or
+streaming. Static patterns take whole rows for prompts.
 
 Legal for the reason that ``branch_attention`` gives: the mask was proven, so both are what they
 say they are; only the share changes numerics.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fluxcompile.mixing import last_queries, mix, pick
+from fluxcompile.mixing import dense_queries, mix, pick
 from fluxcompile.passes.branch_attention import (
     full_branch,
     is_full,
@@ -75,7 +77,7 @@ class _Mixer:
         self._emitter = emitter
         self._masks = masks
         self._plan = plan
-        self._last: dict[MaskOperands, fx.Node] = {}
+        self._dense: dict[tuple[MaskOperands, fx.Node | None], fx.Node] = {}
         self.source = ShareSource(emitter, masks, plan.config.pooling, plan.shared)
 
     def policy(self, site: AttentionSite) -> Policy:
@@ -110,27 +112,19 @@ class _Mixer:
         if self._short(site):
             return self._full(site, operands)
         site.became = self._plan.config.sparse
-        streaming = self._streaming(site, operands)
-        if self._plan.config.sparse == "streaming":
-            return streaming
-        return self._pick(site, self._full(site, operands), streaming, self._ends(site, operands))
+        return self._sparse(site, operands)
 
     def _locked(self, site: AttentionSite, operands: MaskOperands, route: fx.Node) -> fx.Node:
         if self._short(site):
             return self._full(site, operands)
         site.became = f"locked: full or {self._plan.config.sparse}"
-        streaming = self._streaming(site, operands, route)  # rows of both kinds in one launch
-        if self._plan.config.sparse == "streaming":
-            return streaming
-        return self._pick(site, self._full(site, operands), streaming, self._ends(site, operands))
+        return self._sparse(site, operands, route=route)  # rows of both kinds in one launch
 
     def _mixed(self, site: AttentionSite, operands: MaskOperands, share: fx.Node) -> fx.Node:
         full = self._full(site, operands)
         if self._short(site):
             return full
-        sparse = self._streaming(site, operands)
-        if self._plan.config.sparse == "triangle":
-            sparse = self._pick(site, full, sparse, self._ends(site, operands))
+        sparse = self._sparse(site, operands, full=full)
         site.became = f"mixed: full and {self._plan.config.sparse}"
         with self._emitter.graph.inserting_before(site.output):
             weight = self.source.weight(share)
@@ -146,22 +140,38 @@ class _Mixer:
         with self._emitter.graph.inserting_before(site.output):
             return full_branch(site, operands).emit(self._emitter, site.output)
 
-    def _streaming(
-        self, site: AttentionSite, operands: MaskOperands, route: fx.Node | None = None
+    def _sparse(
+        self,
+        site: AttentionSite,
+        operands: MaskOperands,
+        *,
+        full: fx.Node | None = None,
+        route: fx.Node | None = None,
     ) -> fx.Node:
-        branch = sparse_branch("streaming", site, operands, route, self._plan.config)
-        with self._emitter.graph.inserting_before(site.output):
-            return branch.emit(self._emitter, site.output)
+        """What sparse attention is for each query of the row, decoded ones included.
 
-    def _ends(self, site: AttentionSite, operands: MaskOperands) -> fx.Node:
-        """bool ``[B|1, S]``: the queries that triangle attention leaves dense."""
-        if operands not in self._last:
-            with self._emitter.graph.inserting_before(site.output):
-                self._last[operands] = self._emitter.call(
-                    last_queries, (site.q, operands.key_valid, self._plan.config.last)
+        Args:
+            full: the site's full attention, where it is there already.
+            route: bool ``[B]``, rows that are full attention all the same.
+        """
+        config = self._plan.config
+        branch = sparse_branch("streaming", site, operands, route, config)
+        with self._emitter.graph.inserting_before(site.output):
+            streaming = branch.emit(self._emitter, site.output)
+        prompt_length = self._prompt_length(site)
+        last = config.last if config.sparse == "triangle" else 0
+        answer = config.decode == "dense" and prompt_length is not None
+        if not last and not answer:
+            return streaming
+        full = self._full(site, operands) if full is None else full
+        key = operands, prompt_length
+        with self._emitter.graph.inserting_before(site.output):
+            if key not in self._dense:
+                self._dense[key] = self._emitter.call(
+                    dense_queries, (site.q, operands.key_valid, prompt_length, last, answer)
                 )
-        return self._last[operands]
+            return self._emitter.call(pick, (full, streaming, self._dense[key]), like=site.output)
 
-    def _pick(self, site: AttentionSite, full: fx.Node, sparse: fx.Node, where: fx.Node) -> fx.Node:
-        with self._emitter.graph.inserting_before(site.output):
-            return self._emitter.call(pick, (full, sparse, where), like=site.output)
+    def _prompt_length(self, site: AttentionSite) -> fx.Node | None:
+        """int64 ``[B]``; None in layers without a router, where whole rows are prompts."""
+        return self.source.prompt_length if self.policy(site) is Policy.ROUTER else None

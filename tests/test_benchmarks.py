@@ -1,6 +1,7 @@
 """The benchmarks run, count right and see a wrong attention."""
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -159,6 +160,65 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
     assert "MISSED" in shown
     if importlib.util.find_spec("matplotlib"):
         assert {file.name for file in output.iterdir()} >= {"pareto.png", "routes.png"}
+
+
+@pytest.mark.parametrize("through", ["graph", pytest.param("user", marks=pytest.mark.slow)])
+def test_quality_of_routers_of_several_sparse_modes(quality, tmp_path, through):
+    """Triangle's counterparts are triangle's, and compute what its router does."""
+    model, _ = quality.tiny.load_tiny("cpu", torch.float32)
+    triangle = {"sparse": "triangle", "last": 200}
+    given = []
+    for name, fields in (("streaming", {}), ("triangle", triangle), ("again", {})):
+        config = fluxcompile.FluxConfig(sink=16, local=64, **fields)
+        router = fluxcompile.FluxRouter.from_model(model, config)
+        with torch.no_grad():
+            router.layers[0].head[-1].bias.copy_(torch.tensor([4.0, 0.0]))
+        router.save_pretrained(tmp_path / name)
+        given += ["--router", f"{name}={tmp_path / name}"]
+    shown = run_script(
+        "quality.py", "--lowering", "eager", "--lengths", "1100", "--tasks", "needle", "code",
+        "--examples", "2", "--batch", "2", "--search-length", "1100", "--search-examples", "1",
+        "--methods", "greedy", "majority", *given, "--through", through, "--no-plots",
+        "--output", str(tmp_path / "output"),
+    )  # fmt: skip
+    record = json.loads((tmp_path / "output" / "quality.json").read_text())
+    runs = {run["name"]: run for run in record["runs"]}
+    modes = {"streaming": "streaming 16+64", "triangle": "triangle 16+64 last 200"}
+    assert {name: (run["through"], run.get("sparse")) for name, run in runs.items()} == {
+        "full": ("user", None),
+        **{name: (through, modes.get(name, modes["streaming"]))
+           for name in ("streaming", "triangle", "again")},
+        **{f"{name} {modes['streaming']}": ("graph", modes["streaming"])
+           for name in ("all sparse", "greedy 1/2", "majority of streaming", "majority of again")},
+        **{f"{name} {modes['triangle']}": ("graph", modes["triangle"])
+           for name in ("all sparse", "greedy 1/2", "majority of triangle")},
+    }  # fmt: skip
+    assert modes["triangle"] in shown[shown.index("against full attention") :]
+
+    def values(name):
+        return [value for cell in runs[name]["cells"] for value in cell["values"]]
+
+    for name in ("streaming", "triangle"):
+        counterpart = values(f"majority of {name} {modes[name]}")
+        assert values(name) == pytest.approx(counterpart, rel=1e-5)
+    assert values("triangle") != pytest.approx(values("streaming"), rel=1e-5)
+    assert values("streaming") == values("again")
+
+
+def test_sparse_modes_are_told_apart_by_what_they_compute(quality):
+    mode, same = quality.contenders.sparse_mode, quality.contenders.same_attention
+    config = fluxcompile.FluxConfig(sink=64, local=512)
+    assert mode(config) == "streaming 64+512"
+    other = {"last": 3, "block": 64, "pool_size": 7, "standardize": True}
+    assert same(config, dataclasses.replace(config, **other)), "nothing of this is streaming's"
+    for fields, text in (
+        ({"decode": "dense"}, "streaming 64+512 dense decode"),
+        ({"sparse": "triangle", "last": 32}, "triangle 64+512 last 32"),
+        ({"sparse": "power"}, "power 64+512 block 128"),
+        ({"sparse": "power", "retrieval": "xattention"},
+         "power 64+512 retrieval xattention block 128 stride 16 threshold 0.9"),
+    ):  # fmt: skip
+        assert mode(dataclasses.replace(config, **fields)) == text
 
 
 def test_majority_is_sparse_where_the_router_most_often_is(quality):

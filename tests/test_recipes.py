@@ -20,7 +20,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 FILE = FOLDER / "recipes" / "smollm2.json"
 NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
-    "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "longer",
+    "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "triangle",
+    "triangle-0.7", "triangle-0.85", "triangle-32", "longer",
     "longer-8k", "longer-24", "longer-0.65", "longer-sure", "longer-prefix", "long-24", "batch-24",
 )  # fmt: skip
 
@@ -125,7 +126,11 @@ def test_every_recipe_parses(recipes, monkeypatch, tmp_path, name):
     seen = parsed(arguments, monkeypatch, tmp_path)
     training, config = seen["training"], seen["config"]
     steps = STEPS.get(name, 400)
-    assert (training.max_steps, training.lowering, training.seed) == (steps, "eager", 3)
+    triangle = name.startswith("triangle")
+    assert (training.max_steps, training.seed) == (steps, 3)
+    assert training.lowering == ("inductor" if triangle else "eager")
+    assert training.regional == triangle
+    assert config.sparse == ("triangle" if triangle else "streaming")
     assert (config.sink, config.local) == (64, 512)
     assert seen["mixture"]["examples"] >= steps * training.batch_size, "none comes twice"
     assert seen["tasks"].keys() == {"retrieval", "holistic"}
@@ -151,6 +156,12 @@ def test_what_the_recipes_say(recipes, monkeypatch, tmp_path):
     assert long["training"].per_device_train_batch_size == 3
     assert long["tasks"] == {"retrieval": 0.65, "holistic": 1.0}
     assert of("batch-24")["training"].batch_size == 24
+    targets = {name: of(name)["tasks"]["retrieval"] for name in NAMES if "triangle" in name}
+    assert targets == {
+        "triangle": 0.75, "triangle-0.7": 0.7, "triangle-0.85": 0.85, "triangle-32": 0.75,
+    }  # fmt: skip
+    assert (of("triangle")["config"].last, of("triangle-32")["config"].last) == (128, 32)
+    assert of("triangle")["mixture"] == of("answerable")["mixture"]
 
 
 def recipes_pooling(prefix: int, suffix: int):

@@ -1,10 +1,18 @@
 """The compiled model as a user runs it: a prompt that decides the routes, then what follows it.
 
-The prompt fills a key/value cache in one call; the targets follow in a second call on that cache,
-which keeps the rows' routes. Nothing of an answer is there when its route is decided. With
-streaming attention, where a token reads the same keys in a call of many as in a call of its own,
-this scores what greedy generation says; in other modes the second call is a further piece of
-prompt, as a next turn of a chat is.
+The prompt fills a key/value cache in one call; the targets follow on that cache, which keeps the
+rows' routes. Nothing of an answer is there when its route is decided.
+
+What follows is scored as greedy generation would say it:
+
+- With streaming attention and sparse decode, a token reads the same keys in a call of many as in a
+  call of its own: all targets follow in one call. So they do where every layer is full attention.
+- In other modes the targets follow a call a token, if no prompt of the batch has more than
+  :data:`STEPS`.
+- Of longer ones a call a token would take too long. With triangle attention and sparse decode they
+  follow in one call, behind them as many tokens more as that call leaves dense: the targets are
+  none of them. In what other modes are left (dense decode, XAttention, PowerAttention) the one call
+  is a further piece of prompt, as a next turn of a chat is, and not what generation computes.
 """
 
 import contextlib
@@ -20,7 +28,7 @@ from fluxcompile.attachment import attach, attachment_of, detach
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RouterError
 from fluxcompile.evaluation.compiling import no_silent_eager
-from fluxcompile.evaluation.padding import padded, positions
+from fluxcompile.evaluation.padding import FILLER, padded, positions
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
 from fluxcompile.model_layers import attention_layers, unwrap
@@ -28,6 +36,8 @@ from fluxcompile.route_record import Routes, routes_of
 from fluxcompile.router import FluxRouter
 from fluxcompile.training.backbone import attached, check_trainable, frozen
 from fluxcompile.training.language_model import LanguageModel
+
+STEPS = 64  # targets that follow a call a token, where one call is not the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +49,7 @@ class AsUser:
         run: the decoder, compiled.
         layer_names: of all attention layers, in order.
         fixed: the routes, one a layer, True for full attention; None if a router decides.
+        config: of the sparse attention; None where every layer is full attention.
     """
 
     model: nn.Module
@@ -46,6 +57,7 @@ class AsUser:
     run: Callable[..., Any]
     layer_names: tuple[str, ...]
     fixed: tuple[bool, ...] | None
+    config: FluxConfig | None
 
     @classmethod
     @contextlib.contextmanager
@@ -88,7 +100,13 @@ class AsUser:
             run = torch.compile(language_model.body, backend="flux", options=options)
             names = tuple(attention_layers(model)) if router is None else router.layer_names
             fixed = _fixed(routes, len(names)) if router is None else None
-            yield cls(model, language_model, run, names, fixed)
+            if router is not None:
+                config = router.config
+            elif routes in ("full", None):
+                config = None
+            else:
+                config = config or FluxConfig()
+            yield cls(model, language_model, run, names, fixed, config)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt]) -> Scores:
@@ -99,24 +117,68 @@ class AsUser:
         before = routes_of(self.model)
         states = self._call(ids, mask, positions(mask), cache)[:, -1:]
         full = self._routes(len(prompts), before)
-        targets, valid = padded([prompt.target for prompt in prompts], device)
-        if targets.shape[1] > 1:  # the last target is predicted, never read
-            mask = torch.cat([mask, valid[:, :-1]], dim=1)
-            for layer in cache.layers:
-                for buffer in (layer.keys, layer.values):
-                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
-            after = positions(mask)[:, ids.shape[1] :]
-            more = self._call(targets[:, :-1], mask, after, cache)
-            states = torch.cat([states, more], dim=1)
+        longest = max(len(prompt.target) for prompt in prompts)
+        if self._needs_steps and longest <= STEPS:
+            more = self._steps(prompts, mask, cache)
+        else:
+            more = self._at_once(prompts, mask, cache)
+        states = torch.cat([states, *more], dim=1)
         places = Places.of(prompts, device)
         head = self.language_model.to_logits
         return score(states[places.rows, places.order], places, head, full)
+
+    @property
+    def _needs_steps(self) -> bool:
+        config = self.config
+        if config is None:
+            return False
+        return (config.sparse, config.retrieval, config.decode) != ("streaming", "full", "sparse")
+
+    @property
+    def _dense_end(self) -> int:
+        """Tokens that have to follow the targets in a call, so that it computes what decoding does.
+
+        Where no number of them would do, none.
+        """
+        config = self.config
+        triangle = "triangle", "full", "sparse"
+        exact = config and (config.sparse, config.retrieval, config.decode) == triangle
+        return config.last if exact else 0
+
+    def _steps(
+        self, prompts: Sequence[Prompt], mask: torch.Tensor, cache: DynamicCache
+    ) -> list[torch.Tensor]:
+        """``[B, 1, D]`` behind every target but the last, of a call each."""
+        targets, valid = padded([prompt.target for prompt in prompts], mask.device)
+        states = []
+        for i in range(targets.shape[1] - 1):
+            mask = torch.cat([mask, valid[:, i : i + 1]], dim=1)
+            _let_grow(cache)
+            states.append(self._call(targets[:, i : i + 1], mask, positions(mask)[:, -1:], cache))
+        return states
+
+    def _at_once(
+        self, prompts: Sequence[Prompt], mask: torch.Tensor, cache: DynamicCache
+    ) -> list[torch.Tensor]:
+        """``[B, S, D]`` behind the targets, of one call; of none if no prompt has two targets."""
+        targets, real = padded([prompt.target for prompt in prompts], mask.device)
+        if targets.shape[1] == 1:  # the last target is predicted, never read
+            return []
+        end = (FILLER,) * self._dense_end
+        ids, valid = padded([prompt.target + end for prompt in prompts], mask.device)
+        # What comes after the targets has no place of its own: the model may know no more places.
+        real = torch.nn.functional.pad(real, (0, len(end)))
+        places = positions(torch.cat([mask, real], dim=1))[:, mask.shape[1] : -1]
+        mask = torch.cat([mask, valid[:, :-1]], dim=1)
+        _let_grow(cache)
+        return [self._call(ids[:, :-1], mask, places, cache)]
 
     def _call(
         self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """Hidden states (or logits) ``[B, S, D]`` of the new tokens ``ids`` ``[B, S]``."""
-        for tensor in (ids, mask, places):
+        several = () if ids.shape[1] == 1 else (ids, places)
+        for tensor in (mask, *several):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         output = self.run(
             ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
@@ -152,6 +214,13 @@ def _unattached(model: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             attach(model, before.router)
+
+
+def _let_grow(cache: DynamicCache) -> None:
+    """One graph for all lengths of what ``cache`` holds."""
+    for layer in cache.layers:
+        for buffer in (layer.keys, layer.values):
+            torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 
 def _fixed(routes: str | Sequence[int] | None, layers: int) -> tuple[bool, ...]:

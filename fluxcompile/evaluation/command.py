@@ -104,7 +104,8 @@ def run_eval(settings: EvalSettings, console: Console | None = None) -> dict[str
     console.print(comparison(results["router"], results["full"], settings.seed))
     console.print(
         f"Ω {omega(results['router']):.2f}; {settings.examples} held-out prompts each, seed "
-        f"{settings.seed}, {dtype} on {device}, {time.perf_counter() - started:.0f} s"
+        f"{settings.seed}, sparse layers {router.config.sparse}, {dtype} on {device}, "
+        f"{time.perf_counter() - started:.0f} s"
     )
     return results
 

@@ -3,7 +3,8 @@
 The graph of training mode takes its router's weights, and noise on the logits, as inputs. At a
 temperature next to zero a share is 0 or 1, and noise that outweighs every logit pins each row's
 routes. So one compile of a deep model serves every pattern, several in one batch if need be; it
-computes both attentions of every layer, which is the price.
+computes both attentions of every layer, which is the price. It also takes the prompts' lengths:
+what follows a prompt attends as tokens that are decoded do.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from fluxcompile.evaluation.padding import padded
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
 from fluxcompile.model_layers import unwrap
+from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.backbone import check_trainable
@@ -31,10 +33,10 @@ _HARD = 1e-12  # temperature at which only equal logits make a share other than 
 def serves(config: FluxConfig) -> bool:
     """Whether the training graph computes what a user gets from what ``config`` routes to.
 
-    Streaming attention is the same for a token of a prompt and for one that follows it; of other
-    modes the training graph has none, or would take the answer for the end of the prompt.
+    It does for all that can be trained: queries of the prompt and those that are decoded after it
+    are told apart by the prompts' lengths. Other modes have no gradient and are not in that graph.
     """
-    return (config.sparse, config.retrieval, config.decode) == ("streaming", "full", "sparse")
+    return config.sparse in DIFFERENTIABLE and config.retrieval == "full"
 
 
 class OneGraph(PatternGraph):
@@ -52,9 +54,8 @@ class OneGraph(PatternGraph):
             TrainingError: ``model`` is compiled already.
         """
         if not serves(config):
-            raise ConfigError.mismatch(
-                "config", "streaming and full attention, sparse decode", config
-            )
+            expected = f"sparse attention of {list(DIFFERENTIABLE)}, full retrieval attention"
+            raise ConfigError.mismatch("config", expected, config)
         model = unwrap(model)
         check_trainable(model)
         torch._dynamo.reset()
@@ -117,12 +118,12 @@ class OneGraph(PatternGraph):
 
     def _pinned_states(self, prompts: Sequence[Prompt], full: torch.Tensor) -> torch.Tensor:
         noise = pinning_noise(full.expand(len(prompts), -1))
-        with soft_routes(self.router, noise=noise):
+        with soft_routes(self.router, noise=noise, prompt_length=self._lengths(prompts)):
             return self._whole(prompts)
 
     @torch.no_grad()
     def _decided(self, prompts: Sequence[Prompt]) -> Scores:
-        lengths = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
+        lengths = self._lengths(prompts)
         with soft_routes(self.router, temperature=_HARD, prompt_length=lengths) as soft:
             states = self._whole(prompts)
         return self._score(states, prompts, soft.shares() > 0.5)
@@ -147,5 +148,8 @@ class OneGraph(PatternGraph):
         self, prompts: Sequence[Prompt], places: Places
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of what predicts each target."""
-        starts = torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)
-        return places.rows, starts[places.rows] + places.order - 1
+        return places.rows, self._lengths(prompts)[places.rows] + places.order - 1
+
+    def _lengths(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Of the prompts without their targets, int64 ``[B]``."""
+        return torch.tensor([len(prompt.prompt) for prompt in prompts], device=self.device)

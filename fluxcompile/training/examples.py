@@ -34,7 +34,8 @@ class Example:
         labels: [S] int64; -100 where a token bears no loss. Not shifted: the model shifts them.
         task: name of its task.
         index: position among the prepared examples; seeds the row's noise.
-        prompt_length: how many of its first tokens the router may read; all of them if not given.
+        prompt_length: how many of its first tokens are the prompt, which the router reads; the
+            others count as decoded. All of them if not given.
     """
 
     input_ids: torch.Tensor

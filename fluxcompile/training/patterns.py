@@ -77,7 +77,8 @@ class PatternLoss(PatternGraph):
         total = 0.0
         for example in examples:
             ids, labels = (x[None].to(self.device) for x in (example.input_ids, example.labels))
-            with soft_routes(self.router, noise=noise):
+            prompt = torch.tensor([example.prompt_length], device=self.device)
+            with soft_routes(self.router, noise=noise, prompt_length=prompt):
                 losses = self.language_model.losses(
                     self.run, ids, torch.ones_like(ids), Targets.of(labels), _CHUNK
                 )

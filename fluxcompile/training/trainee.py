@@ -100,13 +100,14 @@ class Trainee(RoutedModule):
             ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
             targets = Targets.of(batch["labels"].to(device))
             teacher = language_model.target_states(language_model.body, ids, mask, targets)
-            prepared.append((ids, mask, targets, teacher))
+            prepared.append((ids, mask, targets, teacher, batch.get("prompt_length")))
 
         @torch.no_grad()
         def cost(routes: Sequence[int]) -> float:
             full, rows = torch.tensor([routes], dtype=torch.bool, device=device), []
-            for ids, mask, targets, teacher in prepared:
-                with soft_routes(self.router, noise=pinning_noise(full.expand(len(ids), -1))):
+            for ids, mask, targets, teacher, prompt_length in prepared:
+                noise = pinning_noise(full.expand(len(ids), -1))
+                with soft_routes(self.router, noise=noise, prompt_length=prompt_length):
                     losses = language_model.losses(
                         run, ids, mask, targets, self.logits_chunk, teacher
                     )
@@ -137,8 +138,8 @@ class Trainee(RoutedModule):
             task_id: int64 ``[B]``.
             noise: fp32 ``[B, L, 2]``, added to the routers' logits.
             temperature: τ.
-            prompt_length: int64 ``[B]``, how many of a row's tokens the routers may read; None for
-                all.
+            prompt_length: int64 ``[B]``, how many of a row's first tokens are its prompt, which the
+                routers read and behind which tokens count as decoded; None for all.
             hardness: how far the mixture is drawn to hard routes.
             distillation: share of the divergence from full attention in what is descended; the
                 rest is the language-model loss.

@@ -17,10 +17,10 @@ def model(**overrides):
     return tiny_llama(num_hidden_layers=LAYERS, initializer_range=0.2, **overrides)
 
 
-def divided_router(llama, prompts) -> FluxRouter:
+def divided_router(llama, prompts, config: FluxConfig = CONFIG) -> FluxRouter:
     """Random weights, each layer's bias moved to where about half of ``prompts`` are full."""
     torch.manual_seed(1)
-    router = FluxRouter.from_model(llama, CONFIG).eval()
+    router = FluxRouter.from_model(llama, config).eval()
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)

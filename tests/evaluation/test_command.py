@@ -52,6 +52,7 @@ def test_router_against_full_attention(tmp_path, monkeypatch):
     assert results["full"][cell].full.all()
     assert (results["router"][cell].loss != results["full"][cell].loss).all()
     assert "Ω 0.50; 3 held-out prompts each" in out.getvalue()
+    assert "sparse layers streaming" in out.getvalue()
     assert "code" in out.getvalue()
 
 

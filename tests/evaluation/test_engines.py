@@ -1,13 +1,17 @@
 """Both ways to score a prompt: what a user gets, and the training graph routed hard."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import fluxcompile
-from fluxcompile import FluxRouter
+from fluxcompile import FluxConfig, FluxRouter
 from fluxcompile.errors import ConfigError, DataError, RouterError, TrainingError
 from fluxcompile.evaluation import AsUser, OneGraph
+from fluxcompile.evaluation.as_user import STEPS
+from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Prompt, check_lengths
 from tests.evaluation import cases
 
@@ -135,6 +139,48 @@ def test_routers_are_the_same_both_ways():
     assert (one.loss != two.loss).any()
 
 
+@pytest.mark.parametrize(
+    ("sparse", "decode", "targets"),
+    [("triangle", "sparse", 9), ("triangle", "sparse", 90), ("triangle", "dense", 9),
+     ("streaming", "dense", 9), ("streaming", "dense", 90)],
+)  # fmt: skip
+def test_other_modes_are_the_same_both_ways(sparse, decode, targets):
+    """But for long answers under dense decode, which as a user are a further piece of prompt."""
+    llama = cases.model()
+    config = replace(cases.CONFIG, sparse=sparse, decode=decode, last=8)
+    prompts = cases.prompts(6, targets=targets)
+    router = cases.divided_router(llama, prompts, config)
+    assert serves(config)
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        expected = run(prompts)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run(cases.prompts(6, shortest=100, targets=targets + 2))
+    with AsUser.of(llama, routes=[0, 1, 0], config=config, lowering="eager") as run:
+        pinned = run(prompts)
+    with OneGraph.of(llama, config, lowering="eager") as graph:
+        found, of_pattern = graph.routed(router)(prompts), graph.pattern([0, 1, 0])(prompts)
+    assert 0 < found.full.double().mean() < 1, "every row takes the same routes"
+    assert torch.equal(found.full, expected.full)
+    if targets > STEPS and decode == "dense":
+        assert (of_pattern.loss - pinned.loss).abs().min() > 1e-3
+    else:
+        assert_same(found, expected)
+        assert_same(of_pattern, pinned)
+
+
+def test_short_answers_are_what_generation_says():
+    """In a mode that only inference has: a call a token."""
+    llama = cases.model()
+    config = replace(cases.CONFIG, sparse="xattention", block=16)
+    router = cases.divided_router(llama, PROMPTS, config)
+    said = _decoded(llama, router, [prompt.prompt for prompt in PROMPTS], 6)
+    generated = [Prompt(p.prompt, tokens) for p, tokens in zip(PROMPTS, said, strict=True)]
+    with AsUser.of(llama, router=router, lowering="eager") as run:
+        found = run(generated)
+    assert 0 < found.full.double().mean() < 1
+    assert found.exact.all()
+
+
 def test_one_compile_serves_every_router_and_pattern():
     llama = cases.model()
     router = cases.divided_router(llama, PROMPTS)
@@ -176,9 +222,9 @@ def test_a_model_that_falls_back_to_eager_is_not_judged():
 
 
 def test_what_does_not_fit_is_refused():
-    triangle = fluxcompile.FluxConfig(sparse="triangle")
-    with pytest.raises(ConfigError, match="triangle"), OneGraph.of(cases.model(), triangle):
-        pass
+    for config in (FluxConfig(sparse="power"), FluxConfig(retrieval="xattention")):
+        with pytest.raises(ConfigError, match="triangle"), OneGraph.of(cases.model(), config):
+            pass
     with pytest.raises(DataError, match="at most 256"):
         check_lengths(cases.model(), [200, 257])
     llama = cases.model()

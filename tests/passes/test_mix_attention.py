@@ -9,7 +9,7 @@ from torch.nn import functional
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RewriteError
 from fluxcompile.layer_router import LayerRouter
-from fluxcompile.mixing import last_queries, mix
+from fluxcompile.mixing import dense_queries, mix
 from fluxcompile.passes.mix_attention import mix_attention
 from fluxcompile.passes.pipeline import Rewrite, rewrite
 from fluxcompile.passes.plan import Policy, RoutingPlan, Training
@@ -76,7 +76,26 @@ def test_triangle_is_made_of_both(stack):
     result = mixed(stack, config=FluxConfig(sink=2, local=4, sparse="triangle", last=2))
     counts = op_counts(result.gm)
     assert counts["pick"] == counts["mix"] == counts[SPARSE_OP] == counts[SDPA] == 2
-    assert counts["last_queries"] == 1
+    assert counts["dense_queries"] == 1
+
+
+@pytest.mark.parametrize("training", [Training.SOFT, Training.LOCKED])
+def test_dense_decode_is_the_answer_in_full(stack, training):
+    result = mixed(stack, training, config=FluxConfig(sink=2, local=4, decode="dense"))
+    counts = op_counts(result.gm)
+    assert counts["pick"] == counts[SPARSE_OP] == counts[SDPA] == 2
+    assert counts["dense_queries"] == 1
+
+
+@pytest.mark.parametrize("decode", ["sparse", "dense"])
+def test_static_patterns_take_whole_rows_for_prompts(stack, decode):
+    config = FluxConfig(sink=2, local=4, decode=decode)
+    counts = op_counts(mixed(stack, policy=Policy.SPARSE, config=config).gm)
+    assert counts["pick"] == counts[SDPA] == 0
+    counts = op_counts(
+        mixed(stack, policy=Policy.SPARSE, config=replace(config, sparse="triangle")).gm
+    )
+    assert counts["pick"] == counts[SDPA] == 2
 
 
 def test_short_prompts_keep_their_share(stack):
@@ -175,13 +194,23 @@ def test_seconds_of_every_pass(stack):
     assert list(mixed(stack).seconds)[-3:] == ["mix_attention", "verify", "verify_mixture"]
 
 
-@pytest.mark.parametrize("last", [1, 3, 50])
-def test_last_queries(last):
+@pytest.mark.parametrize("answer", [False, True])
+@pytest.mark.parametrize("last", [0, 1, 3, 50])
+def test_dense_queries(last, answer):
     valid = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.6
-    query = torch.zeros(4, 2, 12, 8)
-    for row, dense in zip(valid, last_queries(query, valid, last), strict=True):
-        assert dense.nonzero()[:, 0].tolist() == row.nonzero()[:, 0].tolist()[-last:]
-    assert last_queries(query, None, last)[0].tolist() == [i >= 12 - last for i in range(12)]
+    prompts, query = torch.tensor([1, 4, 5, 100]), torch.zeros(4, 2, 12, 8)
+
+    def expected(places, prompt):
+        ends = places[:prompt]
+        return ends[max(0, len(ends) - last) :] + (places[len(ends) :] if answer else [])
+
+    for length in (None, prompts):
+        limits = [None] * 4 if length is None else length.tolist()
+        for keys in (valid, None):
+            found = dense_queries(query, keys, length, last, answer)
+            for i_row, row in enumerate(found.expand(4, -1)):
+                places = list(range(12)) if keys is None else keys[i_row].nonzero()[:, 0].tolist()
+                assert row.nonzero()[:, 0].tolist() == expected(places, limits[i_row])
 
 
 def test_plans_say_how_they_train():

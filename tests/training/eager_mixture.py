@@ -9,6 +9,9 @@ The pooled query is the layer's query before rotary embedding, as ``tests.router
 what a router reads. Full and sparse attention are the
 kernels' eager definitions. Nothing of the compiler is used: it is HF's own model with one attention
 function, registered through transformers' interfaces, and hooks that keep the query.
+
+Sparse attention is what inference has: a row's prompt in one call, whose last queries triangle
+attention leaves dense, then its answer, decoded token by token.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fluxcompile.kernels.streaming import reference as streaming
-from fluxcompile.kernels.triangle import reference as triangle
 from fluxcompile.router import FluxRouter
 from tests.router_features import features
 
@@ -57,6 +59,19 @@ class Mixture:
             return (logits[:, 1] > logits[:, 0]).float()
         noise = 0.0 if self.noise is None else self.noise[:, layer]
         return ((logits + noise) / self.temperature).softmax(-1)[:, 1]
+
+    def dense(self, valid: torch.Tensor) -> torch.Tensor:
+        """Queries that see everything in a sparse layer too, bool ``[B, S]``."""
+        config, dense = self.router.config, torch.zeros_like(valid)
+        for row, tokens in enumerate(valid):
+            places = tokens.nonzero()[:, 0].tolist()
+            asked = None if self.prompt_length is None else int(self.prompt_length[row])
+            prompt, answer = places[:asked], places[len(places[:asked]) :]
+            if config.sparse == "triangle":
+                dense[row, prompt[-config.last :]] = True
+            if config.decode == "dense":
+                dense[row, answer] = True
+        return dense
 
 
 @contextlib.contextmanager
@@ -112,12 +127,11 @@ def _attention(
     batch, _heads, length, head_dim = query.shape
     # Padding, too: keys that are no tokens have no influence whatever they hold.
     common = {"window": sliding_window or 0, "scale": scaling, "dtype": query.dtype}
-    reach = {"sink": config.sink, "local": config.local}
     full = streaming.attention(query, key, value, valid, **common)
-    if config.sparse == "triangle":
-        sparse = triangle.attention(query, key, value, valid, last=config.last, **reach, **common)
-    else:
-        sparse = streaming.attention(query, key, value, valid, **reach, **common)
+    sparse = streaming.attention(
+        query, key, value, valid, sink=config.sink, local=config.local, **common
+    )
+    sparse = torch.where(mixture.dense(valid)[:, :, None, None], full, sparse)
     before_rotary = _queries[module].reshape(batch, length, -1, head_dim)
     share = mixture.share(layer, before_rotary, valid)
     mixture.columns[layer] = share

@@ -1,9 +1,12 @@
 """Static routes from data, on models made so that the right answer is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fluxcompile.errors import ConfigError, DataError, TrainingError
+from fluxcompile.evaluation import AsUser, Prompt
 from fluxcompile.training import baselines
 from fluxcompile.training.baselines import (
     entropy_routes,
@@ -112,6 +115,30 @@ def test_pattern_equals_a_static_compile(losses):
             for e in examples
         )
     assert found == pytest.approx(total / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"sparse": "triangle", "last": 5}, {"decode": "dense"}], ids=str
+)
+def test_pattern_knows_where_prompts_end(fields):
+    """The loss of answers is what a user gets, who decodes them."""
+    model, config = (
+        tiny_model(num_hidden_layers=3, initializer_range=0.2),
+        replace(CONFIG, **fields),
+    )
+    rows = [
+        row | {"prompt_length": 30, "labels": [-100] * 30 + row["input_ids"][30:]}
+        for row in tiny_data(3)
+    ]
+    with AsUser.of(model, routes=(0, 1, 0), config=config, lowering="eager") as run:
+        asked = [Prompt(tuple(row["input_ids"][:30]), tuple(row["input_ids"][30:])) for row in rows]
+        expected = float(run(asked).loss.mean())
+    with PatternLoss.of(model, config, lowering="eager") as loss:
+        found = loss((0, 1, 0), prepare(rows, tasks=BUILT_IN))
+        whole = [row | {"prompt_length": len(row["input_ids"])} for row in rows]
+        other = loss((0, 1, 0), prepare(whole, tasks=BUILT_IN))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(other, rel=1e-4)
 
 
 def test_greedy_takes_the_cheapest_layer_each_time():

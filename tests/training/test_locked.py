@@ -26,15 +26,18 @@ def eager_gradients(case, batch, **settings):
 
 
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
-@pytest.mark.parametrize("sparse", ["streaming", "triangle"])
-def test_gradients_reach_the_model_and_not_the_router(sparse, lowering):
-    case = cases.trainable("qwen3", sparse=sparse, last=5)
+@pytest.mark.parametrize(
+    ("sparse", "decode"), [("streaming", "sparse"), ("streaming", "dense"), ("triangle", "sparse")]
+)
+def test_gradients_reach_the_model_and_not_the_router(sparse, decode, lowering):
+    case = cases.trainable("qwen3", sparse=sparse, decode=decode, last=5)
     case.model.requires_grad_(True)
     cases.compiled(case, routes="locked", lowering=lowering)
     batch = prompt(4, LONG, "left", seed=2)
-    expected, hard = eager_gradients(case, batch, locked=True)
+    prompts = torch.tensor([LONG - 4, LONG - 9, 12, 10_000])
+    expected, hard = eager_gradients(case, batch, locked=True, prompt_length=prompts)
     assert 0 < hard.mean() < 1, "every row takes the same route: nothing told apart"
-    with soft_routes(case.router) as soft:
+    with soft_routes(case.router, prompt_length=prompts) as soft:
         found = gradients(case.model, batch)
     assert torch.equal(soft.shares(), hard)
     assert not soft.shares().requires_grad

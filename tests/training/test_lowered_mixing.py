@@ -24,9 +24,9 @@ def test_aot_eager_triangle_with_symbolic_lengths():
     case = cases.trainable("llama", sparse="triangle", last=5)
     cases.compiled(case, lowering="aot_eager", dynamic=True)
     for rows, length in ((2, LONG), (3, LONG + 8)):
-        batch = prompt(rows, length, "left")
-        got = cases.compiled_step(case, batch, None)
-        cases.assert_same(got, cases.eager_step(case, batch, None))
+        batch, prompts = prompt(rows, length, "left"), torch.arange(rows) + length - 12
+        got = cases.compiled_step(case, batch, None, prompts)
+        cases.assert_same(got, cases.eager_step(case, batch, None, prompt_length=prompts))
 
 
 def test_inductor():

@@ -38,12 +38,20 @@ def test_other_attentions(kind):
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_triangle(padding):
-    case = cases.compiled(cases.trainable("llama", sparse="triangle", last=5))
-    batch = prompt(3, LONG, padding)
-    noise = cases.noise_for(case.router, 3)
-    got = cases.compiled_step(case, batch, noise)
-    cases.assert_same(got, cases.eager_step(case, batch, noise))
+@pytest.mark.parametrize(
+    ("sparse", "decode"),
+    [("triangle", "sparse"), ("triangle", "dense"), ("streaming", "dense")],
+)
+def test_answers_are_decoded(sparse, decode, padding):
+    """The prompt's last queries are dense, not the row's; what follows is as decoding has it."""
+    case = cases.compiled(cases.trainable("llama", sparse=sparse, decode=decode, last=5))
+    batch, noise = prompt(3, LONG, padding), cases.noise_for(case.router, 3)
+    losses = []
+    for prompts in (None, torch.tensor([3, LONG - 12, 10_000])):  # short, within, beyond the row
+        got = cases.compiled_step(case, batch, noise, prompts)
+        cases.assert_same(got, cases.eager_step(case, batch, noise, prompt_length=prompts))
+        losses.append(got.loss)
+    assert (losses[0] - losses[1]).abs() > 1e-6
 
 
 @pytest.mark.parametrize("hardness", [0.3, 1.0])

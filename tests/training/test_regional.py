@@ -19,9 +19,18 @@ def regional(case: cases.Case, **options) -> cases.Case:
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_loss_shares_and_gradients(kind, padding):
-    case = cases.trainable(kind)
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("llama", {"sparse": "triangle", "last": 5}),
+        ("llama", {"decode": "dense"}),
+    ],
+    ids=["llama", "qwen3", "triangle", "dense decode"],
+)
+def test_loss_shares_and_gradients(kind, config, padding):
+    case = cases.trainable(kind, **config)
     batch, noise = prompt(3, LONG, padding), cases.noise_for(case.router, 3)
     lengths = torch.tensor([LONG - 9, LONG - 12, LONG - 10])
     settings = {"prompt_length": lengths, "hardness": 0.3}

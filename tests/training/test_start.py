@@ -8,7 +8,16 @@ import torch
 import fluxcompile
 from fluxcompile import FluxRouter, train_router
 from fluxcompile.errors import ConfigError
+from fluxcompile.training.backbone import attached, compiled, frozen
+from fluxcompile.training.batching import collate
+from fluxcompile.training.examples import prepare
+from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.start import GREEDY, check_start, start_routes
+from fluxcompile.training.tasks import BUILT_IN
+from fluxcompile.training.trainee import Trainee
+from tests.parity.models import forced_router
+from tests.training.eager_mixture import Mixture, eager_mixture
 from tests.training.tiny import CONFIG, QUICK, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
@@ -47,6 +56,40 @@ def test_greedy_start_has_each_tasks_target(tmp_path):
     assert "'holistic': (0, 0)" in line
     assert "'retrieval': (0, 1)" in line or "'retrieval': (1, 0)" in line
     assert FluxRouter.from_pretrained(tmp_path).layers[0].calibrated
+
+
+def test_search_knows_where_prompts_end():
+    """The divergence of answers from full attention's, by the definition of the mixture."""
+    model = tiny_model(initializer_range=0.2)
+    router = forced_router(model, False, replace(CONFIG, sparse="triangle", last=5))
+    examples = prepare(
+        [
+            row | {"prompt_length": 30, "labels": [-100] * 30 + row["input_ids"][30:]}
+            for row in tiny_data(3)
+        ],
+        tasks=BUILT_IN,
+    )
+    batch = collate(examples, 0)
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask).logits.log_softmax(-1)
+        with eager_mixture(
+            model, Mixture(router, prompt_length=batch["prompt_length"], locked=True)
+        ):
+            sparse = model(ids, attention_mask=mask).logits.log_softmax(-1)
+    apart = (full.exp() * (full - sparse)).sum(-1)[:, :-1]
+    answers = labels[:, 1:] != -100
+    expected = ((apart * answers).sum(1) / answers.sum(1)).mean()
+    with attached(model, router), frozen(model):
+        language_model = LanguageModel.of(model).checked(model)
+        trainee = Trainee(
+            model, router, Multipliers([0.5, 1.0], 0.0), language_model=language_model,
+            run=compiled(language_model.body, router, lowering="eager"), logits_chunk=64,
+        )  # fmt: skip
+        found = trainee.fixed([batch])((0, 0))
+        whole = trainee.fixed([batch | {"prompt_length": mask.sum(1)}])((0, 0))
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    assert found != pytest.approx(whole, rel=1e-3)
 
 
 def test_search_makes_the_cheapest_layers_sparse():
