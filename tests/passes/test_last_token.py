@@ -116,6 +116,19 @@ def test_decode_is_left_alone(cache, new):
     assert noted(result) == [False, False]
 
 
+def test_no_guard_is_added(monkeypatch):
+    """A length that the graph serves without the pass is one that it serves with it."""
+    recorded = hf.prefill("qwen3", padded=True, dynamic=True)
+    sizes = [x for x in recorded.inputs if isinstance(x, torch.SymInt)]
+    guards = sizes[0].node.shape_env.guards
+    with monkeypatch.context() as patch:
+        patch.setattr("fluxcompile.passes.pipeline.read_last_token", lambda *_: 0)
+        recorded.rewrite(Policy.SPARSE, LONG)
+    before = len(guards)
+    assert noted(recorded.rewrite(Policy.SPARSE, LONG)) == [False, True]
+    assert len(guards) == before
+
+
 def test_plain_causal_attention_takes_no_mask():
     result = hf.prefill().rewrite(config=LONG)
     first, last = (node for node in result.gm.graph.nodes if op_name(node) == SDPA)
