@@ -119,13 +119,19 @@ def load_model(
 def prefill_flops(config: PreTrainedConfig, length: int, seen: list[int]) -> float:
     """Floating-point operations of one prompt of ``length`` tokens, logits of the last only.
 
+    That is all that the task needs. The last layer's keys and values go to the cache; of what else
+    it computes, the last token alone is read.
+
     Args:
-        seen: for each layer, the (query, key) pairs its attention must score; see `pairs_full`.
+        seen: for each layer, the (query, key) pairs its attention must score; see `pairs_full`. The
+            last layer's are those of one query.
     """
     hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
     kv_heads, inner = config.num_key_value_heads, config.intermediate_size
-    attention_weights = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    linear = 2 * length * (attention_weights + 3 * hidden * inner) * config.num_hidden_layers
+    keys_and_values = 2 * hidden * head_dim * kv_heads
+    others = 2 * hidden * head_dim * heads + 3 * hidden * inner
+    layers = config.num_hidden_layers
+    linear = 2 * (length * layers * keys_and_values + (length * (layers - 1) + 1) * others)
     scores = sum(4 * pairs * heads * head_dim for pairs in seen)  # q·kᵀ and p·v
     return linear + scores + 2 * hidden * config.vocab_size
 

@@ -246,4 +246,6 @@ class Prefill:
     def floor(self, routes: tuple[int, ...]) -> float:
         sparse = pairs_streaming(self.length, self.config.sink, self.config.local)
         seen = [pairs_full(self.length) if full else sparse for full in routes]
+        reach = min(self.length, self.config.sink + self.config.local)
+        seen[-1] = self.length if routes[-1] else reach  # one query: only its logits are wanted
         return prefill_flops(self.model.config, self.length, seen) / self.ceiling

@@ -24,6 +24,7 @@ class AttentionReport:
         became: what it was rewritten to, or "left alone".
         reason: the typed reason it was left alone or not routed, or None.
         detail: what was seen.
+        notes: what else was done to it.
     """
 
     path: str
@@ -34,6 +35,13 @@ class AttentionReport:
     became: str
     reason: SkipReason | None
     detail: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """Reason and notes in words."""
+        reason = f"{self.reason.value}: {self.detail}".rstrip(": ") if self.reason else ""
+        return "; ".join(filter(None, (reason, *self.notes)))
 
     @classmethod
     def of(cls, site: AttentionSite, name: str) -> AttentionReport:
@@ -47,6 +55,7 @@ class AttentionReport:
             became=site.became,
             reason=why.reason if why else None,
             detail=why.detail if why else "",
+            notes=tuple(site.notes),
         )
 
 
@@ -78,9 +87,8 @@ class FluxReport:
         for heading in ("layer", "query", "key", "mask", "cache", "became", "why"):
             table.add_column(heading, overflow="fold")
         for row in self.rows:
-            why = f"{row.reason.value}: {row.detail}".rstrip(": ") if row.reason else ""
             shapes = (" ".join(map(str, shape)) for shape in (row.query_shape, row.key_shape))
-            table.add_row(row.path, *shapes, row.mask, row.cache, row.became, why)
+            table.add_row(row.path, *shapes, row.mask, row.cache, row.became, row.why)
         return table
 
     def __str__(self) -> str:

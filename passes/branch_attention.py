@@ -26,6 +26,7 @@ from fluxcompile.kernels.streaming.cuda import OUTRUNS_CUDNN_FROM, may_outrun_cu
 from fluxcompile.passes.emit import Branch, Emitter, UnknownSize
 from fluxcompile.passes.graph_util import as_expr, erase_dead, op_name, same_size, value_of
 from fluxcompile.passes.insert_router import RouteSource
+from fluxcompile.passes.last_token import read_all_tokens
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
 from fluxcompile.passes.plan import Policy, RoutingPlan
 from fluxcompile.passes.read_ring import RingReader, allow_trimming, may_become_ring
@@ -49,11 +50,10 @@ def branch_attention(
             replacement = _rewrite(site, plan, emitter, masks, routes, rings)
         except UnknownSize as problem:
             site.skip = Skip(SkipReason.MASK_UNREADABLE, f"size {problem} is not an input")
+            read_all_tokens(site)
             site.became = "left alone"
         else:
             redirect(sites, output, replacement)
-    gm.graph.lint()
-    gm.recompile()
     return routes
 
 
@@ -267,12 +267,13 @@ def full_branch(site: AttentionSite, operands: MaskOperands, ours: bool = False)
         ours: the operator, even where SDPA could.
     """
     plain = operands.is_plain_causal and not site.window and not site.softcap
-    if plain and not ours and same_size(site.q_shape[2], site.k_shape[2]):
+    last = site.all_tokens is not None  # and sees all keys
+    if plain and not ours and (last or same_size(site.q_shape[2], site.k_shape[2])):
         grouped = not same_size(site.q_shape[1], site.k_shape[1])
         return Branch(
             functional.scaled_dot_product_attention,
             (site.q, site.k, site.v),
-            {"is_causal": True, "scale": site.scale, "enable_gqa": grouped},
+            {"is_causal": not last, "scale": site.scale, "enable_gqa": grouped},
             to_tokens_first=True,
         )
     return Branch(

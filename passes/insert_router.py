@@ -51,7 +51,7 @@ class RouterReader:
             prompt_length: a graph input int64 ``[B]``, where the row holds more than its prompt.
         """
         query = self._query(site)
-        return query, *self._pool_positions(query, self._masks.prefill(site), prompt_length)
+        return query, *self._pool_positions(query, self._masks.of_all_tokens(site), prompt_length)
 
     def _query(self, site: AttentionSite) -> fx.Node:
         if site.tap_axes == (0, 1, 2, 3):
@@ -131,7 +131,7 @@ class RouteSource:
 
     def _decide(self, site: AttentionSite, router: LayerRouter) -> fx.Node:
         emitter = self._emitter
-        masks = self._masks.prefill(site)
+        masks = self._masks.of_all_tokens(site)
         query, index, weight = self._reader.read(site)
         device = value_of(site.q).device
         with emitter.after(query, index, weight):

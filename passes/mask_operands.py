@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -44,6 +45,12 @@ class MaskOperandCache:
         self._starts: dict[tuple, fx.Node] = {}
 
     def prefill(self, site: AttentionSite) -> MaskOperands:
+        """For the queries that the site's ``q`` holds."""
+        whole = self.of_all_tokens(site)
+        return whole if site.all_tokens is None else self._last_row(whole, site)
+
+    def of_all_tokens(self, site: AttentionSite) -> MaskOperands:
+        """For all the call's queries."""
         sizes = site.q_shape[0], site.q_shape[2], site.k_shape[2]
         key = (site.mask, *map(as_expr, sizes))
         if key not in self._prefill:
@@ -89,6 +96,19 @@ class MaskOperandCache:
             made = emitter.call(torch.ops.flux.mask_bounds.default, (valid,))
             bounds, flags = emitter.item(made, 0), emitter.item(made, 1)
         return MaskOperands(bounds, valid, flags, None, q_start)
+
+    def _last_row(self, whole: MaskOperands, site: AttentionSite) -> MaskOperands:
+        """What is known of the keys stays: whether a given mask is readable is said by all rows."""
+        if whole.q_start is None:
+            return whole  # the last query sits at the last key
+        emitter = self._emitter
+        with emitter.graph.inserting_before(site.output):
+            behind = emitter.size(sympy.expand(as_expr(site.q_shape[2]) - 1))
+            start = emitter.call(operator.add, (whole.q_start, behind))
+            mask = whole.dense_mask
+            if mask is not None:
+                mask = emitter.item(mask, (slice(None), slice(None), slice(-1, None)))
+        return replace(whole, q_start=start, dense_mask=mask)
 
     def write_start(self, site: AttentionSite) -> fx.Node:
         """int64 [1], the first cache slot that this call writes (static caches)."""

@@ -66,7 +66,6 @@ def mix_attention(gm: fx.GraphModule, sites: list[AttentionSite], plan: RoutingP
         else:
             redirect(sites, output, replace(site, result, emitter))
     gm.graph.lint()
-    gm.recompile()
     return mixer.source
 
 

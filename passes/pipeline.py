@@ -18,6 +18,7 @@ from fluxcompile.passes.find_head_groups import find_head_groups
 from fluxcompile.passes.find_query import find_queries
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.insert_shares import ShareSource
+from fluxcompile.passes.last_token import ask_last_token, read_last_token
 from fluxcompile.passes.mix_attention import mix_attention
 from fluxcompile.passes.plan import RoutingPlan
 from fluxcompile.passes.recover_kv import recover_kv
@@ -79,14 +80,18 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
         clock("store_rotary", lambda: store_rotary(result.gm))
         clock("verify", lambda: verify(result.gm, result.sites))
         clock("verify_mixture", lambda: verify_mixture(result.gm, result.sites, result.shares))
+        clock("recompile", result.gm.recompile)
         return result
     clock("start_cache", lambda: start_caches(result.gm, result.sites))
+    clock("read_last_token", lambda: read_last_token(result.gm, result.sites, plan))
     result.routes = clock(
         "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)
     )
+    clock("ask_last_token", lambda: ask_last_token(result.sites))
     drop_unused(result.sites)
     clock("store_rotary", lambda: store_rotary(result.gm))
     clock("verify", lambda: verify(result.gm, result.sites))
+    clock("recompile", result.gm.recompile)
     return result
 
 

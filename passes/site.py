@@ -183,6 +183,14 @@ class Source:
         return tuple(sizes)
 
 
+@dataclass(frozen=True)
+class AllTokens:
+    """Query and output of an attention for all tokens of the call."""
+
+    q: fx.Node
+    output: fx.Node
+
+
 @dataclass
 class AttentionSite:
     """One attention of the graph, and everything the later stages need to rewrite it.
@@ -206,6 +214,8 @@ class AttentionSite:
     #: the masks that make up ``attn_mask``, which is the last of them in the graph
     mask_terms: tuple[MaskTerm, ...] = ()
     output_form: OutputForm = OutputForm.BHID
+    #: set where ``q`` and ``output`` are of the last token only: what they were before
+    all_tokens: AllTokens | None = None
     #: role (q, k, v): the tensor that holds it, with its axes in another order
     sources: dict[str, Source] = field(default_factory=dict)
     #: query before rotary embedding, after q_norm, and the permutation that makes it [B, H, S, D]
@@ -248,7 +258,9 @@ class AttentionSite:
 
     @property
     def q_shape(self) -> tuple:
-        return tuple(self.q.meta["example_value"].shape)
+        """Of all the call's queries, also where ``q`` is the last of them."""
+        query = self.q if self.all_tokens is None else self.all_tokens.q
+        return tuple(query.meta["example_value"].shape)
 
     @property
     def k_shape(self) -> tuple:

@@ -36,8 +36,6 @@ def store_rotary(gm: fx.GraphModule) -> int:
         copy.meta["example_value"] = table.meta["example_value"]
         table.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
         stored += 1
-    if stored:
-        gm.recompile()
     return stored
 
 

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fluxcompile
 from tests.router_models import random_router
@@ -85,6 +86,31 @@ def test_pairs_are_those_of_the_mask(prefill, sink, local):
     streaming = causal & ((j < sink) | (p - j < local))
     assert prefill.pairs_full(length) == causal.sum()
     assert prefill.pairs_streaming(length, sink, local) == streaming.sum()
+
+
+def test_the_floor_counts_what_is_read(prefill):
+    """By the module's own linear layers, of which PyTorch counts the operations."""
+    model = prefill.random_model("tiny", None, "cpu", torch.float32)
+    length, config = 50, model.config
+    whole, last = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    x = torch.randn(1, length, config.hidden_size)
+    layer = model.model.layers[-1]
+    with torch.no_grad(), whole:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            linear(x)
+        layer.self_attn.o_proj(torch.randn(1, length, layer.self_attn.o_proj.in_features))
+        layer.mlp(x)
+    with torch.no_grad(), last:
+        layer.self_attn.k_proj(x)
+        layer.self_attn.v_proj(x)
+        layer.self_attn.q_proj(x[:, -1:])
+        layer.self_attn.o_proj(torch.randn(1, 1, layer.self_attn.o_proj.in_features))
+        layer.mlp(x[:, -1:])
+        model.lm_head(x[:, -1:])
+    seen = [prefill.pairs_full(length), length]
+    scores = 4 * sum(seen) * config.num_attention_heads * config.head_dim
+    expected = whole.get_total_flops() + last.get_total_flops() + scores
+    assert prefill.prefill_flops(config, length, seen) == expected
 
 
 @pytest.mark.parametrize(("layers", "omega", "dense"), [(32, 0.5, 16), (32, 0.75, 8), (3, 1.0, 0)])

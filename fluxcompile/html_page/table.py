@@ -23,10 +23,9 @@ def layer_table(layers: Sequence[LayerOnPage]) -> Markup:
 
 def _line(layer: LayerOnPage) -> Markup:
     row = layer.row
-    why = f"{row.reason.value}: {row.detail}".rstrip(": ") if row.reason else ""
     letters = "" if layer.routes is None else "".join("F" if full else "S" for full in layer.routes)
     shapes = (" ".join(map(str, shape)) for shape in (row.query_shape, row.key_shape))
-    texts = (layer.index, row.path, *shapes, row.mask, row.cache, row.became, why, letters)
+    texts = (layer.index, row.path, *shapes, row.mask, row.cache, row.became, row.why, letters)
     amounts = (
         *(seconds_in_words(x) for x in (layer.routed, layer.full)),
         *(bytes_in_words(x) for x in (layer.kept, layer.untrimmed)),

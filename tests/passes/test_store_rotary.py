@@ -19,6 +19,7 @@ POSITIONS = MAX_DECODE_QUERIES + 1
 def stored(call, *inputs):
     recorded = record(call, *inputs)
     found = store_rotary(recorded.gm)
+    recorded.gm.recompile()
     assert op_counts(recorded.gm)[STORE] == found
     for got, expected in zip(recorded.run(), call(*inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -60,6 +61,7 @@ def test_scaled_and_rounded_before_it_is_stored():
     angles = torch.randn(1, POSITIONS, 4)
     recorded = record(call, x, angles)
     assert store_rotary(recorded.gm) == 1
+    recorded.gm.recompile()
     (store,) = [
         n for n in recorded.gm.graph.nodes if n.target is torch.ops.flux.materialize.default
     ]
