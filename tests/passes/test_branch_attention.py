@@ -82,6 +82,7 @@ def test_our_kernel_where_it_may_be_faster(monkeypatch, first, op):
 
 def test_a_symbolic_length_may_be_long(monkeypatch):
     monkeypatch.setattr(branch_attention, "may_outrun_cudnn", lambda q: True)
+    monkeypatch.setattr(branch_attention, "OUTRUNS_CUDNN_FROM", {hf.DIM: hf.LENGTH + 1})
     recorded = hf.prefill("llama", dynamic=True)
     result = recorded.rewrite(config=LONG)
     assert attention_ops(result.gm) == {FULL_OP: hf.LAYERS - 1, SDPA: 1}
