@@ -51,14 +51,14 @@ MEMORY = "--only eager|flux,.flux"  # flux keeps all tokens in other caches, as 
 DECODE_ROUTERS = "--omega 0 0.5 0.75 --routes static router --caches flux --only ^KV.*flux...graphs"
 
 PARTS = (
-    Part("prefill-8k", "prefill", f"--lengths {8 * K} --omega 0.5 0.75 --router --repeat 10", 5),
+    Part("prefill-8k", "prefill", f"--lengths {8 * K} --omega 0.5 0.75 --router --repeat 10", 4),
     Part(
         "prefill-32k", "prefill",
         f"--lengths {32 * K} --peers eager inductor flux --omega 0.5 0.75", 4,
     ),
     Part(
         "prefill-128k", "prefill",
-        f"--lengths {128 * K} --peers eager flux --omega 0.5 0.75 --warm-up 1 --repeat 3", 6,
+        f"--lengths {128 * K} --peers eager flux --omega 0.5 0.75 --warm-up 1 --repeat 3", 5,
     ),
     Part(
         "prefill-256k", "prefill",
@@ -71,13 +71,13 @@ PARTS = (
     ),
     Part(
         "routers-32k", "prefill",
-        f"--lengths {32 * K} --peers --omega 0 0.5 0.75 --router-pairs 10 --only routers", 9,
+        f"--lengths {32 * K} --peers --omega 0 0.5 0.75 --router-pairs 10 --only routers", 8,
     ),
     Part(
         "routers-128k", "prefill",
-        f"--lengths {128 * K} --peers --omega 0.5 0.75 --router-pairs 4 --only routers", 9,
+        f"--lengths {128 * K} --peers --omega 0.5 0.75 --router-pairs 4 --only routers", 11,
     ),
-    Part("decode-128k", "decode", f"--lengths {128 * K} {DECODE}", 11),
+    Part("decode-128k", "decode", f"--lengths {128 * K} {DECODE}", 10),
     # Of a static cache only what a goal may take: with all layers full it may be the faster one.
     Part(
         "decode-8k", "decode",

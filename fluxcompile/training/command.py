@@ -107,8 +107,8 @@ def train(
 def convert(source: Path, output: Path, dtype: str = "float32", bias: float = 0.0) -> FluxRouter:
     """Save the routers of a published Flux Attention checkpoint, or a saved router, in ``dtype``.
 
-    A saved router keeps its model card, which a ``bias`` is added to; checkpoints of its training
-    are left behind.
+    A saved router keeps its model card, and its checkpoints of training are left behind. The card
+    says a ``bias``.
 
     Args:
         source: directory of either.
@@ -119,17 +119,16 @@ def convert(source: Path, output: Path, dtype: str = "float32", bias: float = 0.
     Raises:
         RouterError: ``source`` is neither, or its routers are incomplete; or an impossible bias.
     """
-    if not router_io.is_saved_router(source):
-        router = FluxRouter.from_fluxattention(source).biased(bias)
-        router.save_pretrained(output, dtype=getattr(torch, dtype))
-        return router
-    router = FluxRouter.from_pretrained(source).biased(bias)
-    card = source / router_io.CARD_FILE
-    if card.is_file():
+    saved = router_io.is_saved_router(source)
+    load = FluxRouter.from_pretrained if saved else FluxRouter.from_fluxattention
+    router = load(source).biased(bias)
+    card, said = output / router_io.CARD_FILE, _BIASED.format(bias=bias).encode() if bias else b""
+    if saved and (source / router_io.CARD_FILE).is_file():
         output.mkdir(parents=True, exist_ok=True)
-        said = _BIASED.format(bias=bias).encode() if bias else b""
-        write_all({output / router_io.CARD_FILE: card.read_bytes() + said})
-    router.save_pretrained(output, dtype=getattr(torch, dtype))
+        write_all({card: (source / router_io.CARD_FILE).read_bytes() + said})
+    router.save_pretrained(output, dtype=getattr(torch, dtype))  # with a card if there is none
+    if not saved and not card.read_bytes().endswith(said):
+        write_all({card: card.read_bytes() + said})
     return router
 
 
