@@ -109,11 +109,12 @@ def test_convert_takes_a_published_router(tmp_path):
     result = run("convert", checkpoint, tmp_path / "router")
     assert result.exit_code == 0, result.output
     assert "3 layers" in result.output
-    assert FluxRouter.from_pretrained(tmp_path / "router").config.sink == 128
+    published = FluxRouter.from_pretrained(tmp_path / "router")
+    assert published.config.sink == 128
     for _ in range(2):
         assert run("convert", checkpoint, tmp_path / "biased", "--bias", "0.5").exit_code == 0
     biased = FluxRouter.from_pretrained(tmp_path / "biased")
-    assert largest_difference(biased, router.biased(0.5)) == 0
+    assert largest_difference(biased, published.biased(0.5)) == 0
     assert (tmp_path / "biased" / "README.md").read_text().count("+0.5 was added") == 1
     assert run("convert", tmp_path / "nothing", tmp_path / "other").exit_code == 2
 
