@@ -188,7 +188,8 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
         assert {file.name for file in output.iterdir()} >= {"pareto.png", "routes.png"}
 
 
-@pytest.mark.parametrize("through", ["graph", pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["graph", "user"])
 def test_quality_of_routers_of_several_sparse_modes(quality, tmp_path, through):
     """Triangle's counterparts are triangle's, and compute what its router does."""
     model, _ = quality.tiny.load_tiny("cpu", torch.float32)
@@ -389,6 +390,7 @@ for keys, sink, local in ((300, 16, 100), (100, 16, 100)):
 """
 
 
+@pytest.mark.slow
 def test_readers_read_the_window():
     """In Triton's interpreter."""
     pytest.importorskip("triton")

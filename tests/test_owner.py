@@ -115,7 +115,9 @@ def test_each_model_has_its_own_router(ids, compiled, use_cache):
             assert routed(model, ids, use_cache=use_cache) == letters
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "static", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dynamic", "static"]
+)
 def test_generations_of_two_models(ids, static):
     first, second = llama("FF"), llama("SS")
     expected = [alone(first, "FF", ids, static), alone(second, "SS", ids, static)]

@@ -141,9 +141,14 @@ def test_routers_are_the_same_both_ways():
 
 @pytest.mark.parametrize(
     ("sparse", "decode", "targets"),
-    [("triangle", "sparse", 9), ("triangle", "sparse", 90), ("triangle", "dense", 9),
-     ("streaming", "dense", 9), ("streaming", "dense", 90)],
-)  # fmt: skip
+    [
+        ("triangle", "sparse", 9),
+        ("triangle", "sparse", 90),
+        pytest.param("triangle", "dense", 9, marks=pytest.mark.slow),
+        pytest.param("streaming", "dense", 9, marks=pytest.mark.slow),
+        pytest.param("streaming", "dense", 90, marks=pytest.mark.slow),
+    ],
+)
 def test_other_modes_are_the_same_both_ways(sparse, decode, targets):
     """But for long answers under dense decode, which as a user are a further piece of prompt."""
     llama = cases.model()

@@ -78,7 +78,7 @@ def check(writing: Writing) -> str:
 
 
 def test_graphs(campaign):
-    campaign.run(check, examples=100, writing=writings())
+    campaign.run(check, examples=60, writing=writings())
     assert campaign.share("rewritten") >= 0.9, str(campaign)
 
 

@@ -80,15 +80,15 @@ def slow(*case):
 
 FULL = [
     ("Llama", "dynamic", "left", None),
-    ("Llama", "static", "right", None),
+    slow("Llama", "static", "right", None),
     slow("Llama", "none", "ones", False),
     ("Qwen3", "dynamic", "right", True),
     slow("Qwen3", "none", "left", None),
     slow("Gemma 2", "dynamic", "left", None),
-    ("Gemma 3", "dynamic", "right", None),
-    ("Phi-3", "dynamic", "left", None),
+    slow("Gemma 3", "dynamic", "right", None),
+    slow("Phi-3", "dynamic", "left", None),
     ("GPT-NeoX", "dynamic", "left", None),
-    ("GPT-2", "dynamic", "ones", None),
+    slow("GPT-2", "dynamic", "ones", None),
     slow("Mixtral", "dynamic", "left", None),
 ]
 
@@ -114,7 +114,7 @@ ROUTED = [
     ("qwen3", "dynamic", "right", "router", "triangle"),
     slow("llama-eager", "dynamic", "left", "sparse", "streaming"),
     slow("llama", "none", "ones", "sparse", "triangle"),
-    ("llama", "dynamic", "ones", "router", "power"),
+    slow("llama", "dynamic", "ones", "router", "power"),
     ("mistral", "none", "left", "sparse", "streaming"),
 ]
 
@@ -153,7 +153,7 @@ def test_retrieval_reads_blocks():
     assert asked_last(made) == {False}
 
 
-@pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
+@pytest.mark.parametrize("lowering", ["eager", slow("aot_eager")])
 @pytest.mark.parametrize(("static", "padding"), [(False, "left"), (True, "right")])
 def test_generate(static, padding, lowering):
     model, given = tiny_model("llama"), prompt(3, 63, padding)
@@ -163,8 +163,8 @@ def test_generate(static, padding, lowering):
     assert asked_last(made) == {True}
 
 
-@pytest.mark.parametrize("room", [None, CAPACITY], ids=["growing", "fixed"])
-@pytest.mark.parametrize("padding", [pytest.param("ones", marks=pytest.mark.slow), "left"])
+@pytest.mark.parametrize("room", [slow(None), CAPACITY], ids=["growing", "fixed"])
+@pytest.mark.parametrize("padding", [slow("ones"), "left"])
 def test_a_flux_cache(room, padding):
     """The prompt's keys are those that a trimmed layer starts from."""
     model, given = tiny_model("llama", num_hidden_layers=3), prompt(3, 63, padding)
