@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -88,3 +88,13 @@ def greedy(
         prefill=clock.times[0] - start,
         decode=clock.times[-1] - clock.times[0],
     )
+
+
+def say_that_it_grows(cache: DynamicCache) -> None:
+    """The next graph takes the cache's length as a symbol: one decode graph serves every step.
+
+    Dynamo would find out by itself, at the price of compiling the second decode step again.
+    """
+    for layer in cache.layers:
+        for buffer in (layer.keys, layer.values):
+            torch._dynamo.maybe_mark_dynamic(buffer, 2)

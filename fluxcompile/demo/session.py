@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fluxcompile import smollm2
 from fluxcompile.demo.settings import DemoSettings
-from fluxcompile.generation import Generation, greedy
+from fluxcompile.generation import Generation, greedy, say_that_it_grows
 
 
 class Prompt(Protocol):
@@ -99,16 +99,6 @@ def first_difference(one: Generation, other: Generation) -> int | None:
     pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
     shorter = min(len(one.tokens), len(other.tokens))
     return next((i for i, (a, b) in pairs if a != b), shorter)
-
-
-def say_that_it_grows(cache: DynamicCache) -> None:
-    """The next graph takes the cache's length as a symbol: one decode graph serves every step.
-
-    Dynamo would find out by itself, at the price of compiling the second decode step again.
-    """
-    for layer in cache.layers:
-        for buffer in (layer.keys, layer.values):
-            torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from fluxcompile.evaluation.compiling import no_silent_eager
 from fluxcompile.evaluation.padding import FILLER, padded, positions
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
+from fluxcompile.generation import say_that_it_grows
 from fluxcompile.model_layers import attention_layers, unwrap
 from fluxcompile.route_record import Routes, routes_of
 from fluxcompile.router import FluxRouter
@@ -153,7 +154,7 @@ class AsUser:
         states = []
         for i in range(targets.shape[1] - 1):
             mask = torch.cat([mask, valid[:, i : i + 1]], dim=1)
-            _let_grow(cache)
+            say_that_it_grows(cache)
             states.append(self._call(targets[:, i : i + 1], mask, positions(mask)[:, -1:], cache))
         return states
 
@@ -170,7 +171,7 @@ class AsUser:
         real = torch.nn.functional.pad(real, (0, len(end)))
         places = positions(torch.cat([mask, real], dim=1))[:, mask.shape[1] : -1]
         mask = torch.cat([mask, valid[:, :-1]], dim=1)
-        _let_grow(cache)
+        say_that_it_grows(cache)
         return [self._call(ids[:, :-1], mask, places, cache)]
 
     def _call(
@@ -214,13 +215,6 @@ def _unattached(model: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             attach(model, before.router)
-
-
-def _let_grow(cache: DynamicCache) -> None:
-    """One graph for all lengths of what ``cache`` holds."""
-    for layer in cache.layers:
-        for buffer in (layer.keys, layer.values):
-            torch._dynamo.maybe_mark_dynamic(buffer, 2)
 
 
 def _fixed(routes: str | Sequence[int] | None, layers: int) -> tuple[bool, ...]:

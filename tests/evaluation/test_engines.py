@@ -13,6 +13,7 @@ from fluxcompile.evaluation import AsUser, OneGraph
 from fluxcompile.evaluation.as_user import STEPS
 from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Prompt, check_lengths
+from fluxcompile.generation import say_that_it_grows
 from tests.evaluation import cases
 
 PROMPTS = cases.prompts(6)
@@ -82,9 +83,7 @@ def _decoded(llama, router, prompts, n) -> list[tuple[int, ...]]:
             logits = llama(ids, past_key_values=cache, use_cache=True).logits
             ids = logits[:, -1:].argmax(dim=-1)
             tokens.append(int(ids))
-            for layer in cache.layers:
-                for buffer in (layer.keys, layer.values):
-                    torch._dynamo.maybe_mark_dynamic(buffer, 2)
+            say_that_it_grows(cache)
         said.append(tuple(tokens))
     llama._compiled_call_impl = None
     fluxcompile.detach(llama)

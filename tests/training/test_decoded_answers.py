@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from fluxcompile import soft_routes
+from fluxcompile.generation import say_that_it_grows
 from tests.parity.models import prompt
 from tests.training import cases
 from tests.training.cases import LONG
@@ -53,7 +54,5 @@ def _decoded(model, ids: torch.Tensor, asked: int) -> torch.Tensor:
         stop = start + 1 if start else asked
         part = ids[:, start:stop]
         logits.append(model(part, past_key_values=cache, use_cache=True).logits[0])
-        for layer in cache.layers:
-            for buffer in (layer.keys, layer.values):
-                torch._dynamo.maybe_mark_dynamic(buffer, 2)
+        say_that_it_grows(cache)
     return torch.cat(logits)
