@@ -22,9 +22,9 @@ from torch import fx
 from torch.nn import functional
 
 from fluxcompile.config import FluxConfig
-from fluxcompile.kernels.streaming.cuda import OUTRUNS_CUDNN_FROM, may_outrun_cudnn
+from fluxcompile.kernels.streaming.cuda import may_outrun_cudnn
 from fluxcompile.passes.emit import Branch, Emitter, UnknownSize
-from fluxcompile.passes.graph_util import as_expr, erase_dead, op_name, same_size, value_of
+from fluxcompile.passes.graph_util import erase_dead, op_name, same_size, value_of
 from fluxcompile.passes.insert_router import RouteSource
 from fluxcompile.passes.last_token import read_all_tokens
 from fluxcompile.passes.mask_operands import MaskOperandCache, MaskOperands
@@ -183,7 +183,7 @@ def _prefill(
 
     def branch(mode: str, route: fx.Node | None = None) -> Branch:
         if mode == "full":
-            return full_branch(site, operands, ours=_may_outrun_cudnn(site))
+            return full_branch(site, operands, ours=may_outrun_cudnn(value_of(site.q)))
         return sparse_branch(mode, site, operands, route, config)
 
     dense = plan.retrieval if _retrieves(site, plan) else "full"
@@ -248,23 +248,11 @@ def is_full(mode: str, site: AttentionSite, config: FluxConfig) -> bool:
     return bool(value_of(site.k).shape[2] <= reach)
 
 
-def _may_outrun_cudnn(site: AttentionSite) -> bool:
-    """Whether the operator, which knows the length when it runs, may choose better than SDPA.
-
-    A length known now to be short is left to SDPA; asking about a symbolic one would guard on it.
-    """
-    q = value_of(site.q)
-    if not may_outrun_cudnn(q):
-        return False
-    length = as_expr(q.shape[2])
-    return not length.is_Integer or int(length) >= OUTRUNS_CUDNN_FROM[q.shape[3]]
-
-
 def full_branch(site: AttentionSite, operands: MaskOperands, ours: bool = False) -> Branch:
     """Full attention: torch's SDPA where that can say it, else ``flux::full_attention``.
 
     Args:
-        ours: the operator, even where SDPA could.
+        ours: the operator, even where SDPA could: it knows the length when it runs.
     """
     plain = operands.is_plain_causal and not site.window and not site.softcap
     last = site.all_tokens is not None  # and sees all keys

@@ -13,16 +13,20 @@ OUTRUNS_CUDNN_FROM = {128: 8192}
 
 
 def may_outrun_cudnn(q: torch.Tensor) -> bool:
-    """Whether, of ``q`` ``[B, H, S, D]``, some length S is served faster by our own kernel.
+    """Whether the Hopper kernel may be the faster one for ``q`` ``[B, H, S, D]``.
 
-    From metadata that never is symbolic: for tracing, where the length may be.
+    For tracing too: a symbolic length may be long, as asking about it would guard on it.
     """
-    return (
-        q.device.type == "cuda"
-        and q.shape[3] in OUTRUNS_CUDNN_FROM
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-    )
+    queries, head_dim = q.shape[2:]
+    if isinstance(head_dim, torch.SymInt) or head_dim not in OUTRUNS_CUDNN_FROM:
+        return False
+    long = isinstance(queries, torch.SymInt) or queries >= OUTRUNS_CUDNN_FROM[head_dim]
+    return long and _in_half_on_hopper(q)
+
+
+def _in_half_on_hopper(q: torch.Tensor) -> bool:
+    half = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 def full_attention(q, k, v, bounds, key_valid, flags, dense_mask, q_start, window, scale, softcap):
@@ -36,8 +40,8 @@ def full_attention(q, k, v, bounds, key_valid, flags, dense_mask, q_start, windo
     plain = q_start is None and not window and not softcap and all_valid
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    ours = queries > 1 and _outruns_cudnn(q, k, v)
-    if plain and queries in (1, keys) and not ours and not (grouped and q.dtype == torch.float32):
+    expands = grouped and q.dtype == torch.float32
+    if plain and queries in (1, keys) and not expands and not _outruns_cudnn(q, k, v):
         causal = queries > 1  # torch aligns its causal mask at the upper left: equal lengths only
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -74,8 +78,4 @@ def streaming_attention(
 
 
 def _outruns_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    return (
-        may_outrun_cudnn(q)
-        and q.shape[2] >= OUTRUNS_CUDNN_FROM[q.shape[3]]
-        and hopper_module("streaming", q, k, v, None, None, 0.0) is not None
-    )
+    return may_outrun_cudnn(q) and hopper_module("streaming", q, k, v, None, None, 0.0) is not None

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RewriteError
-from fluxcompile.passes import branch_attention, find_cache
+from fluxcompile.kernels.streaming import cuda
+from fluxcompile.passes import find_cache
 from fluxcompile.passes.emit import Emitter, UnknownSize
 from fluxcompile.passes.find_attention import find_attention
 from fluxcompile.passes.graph_util import as_expr, op_name
@@ -71,9 +72,9 @@ def test_full_prefill(family, attention, padded):
 @pytest.mark.parametrize(("first", "op"), [(hf.LENGTH, FULL_OP), (hf.LENGTH + 1, SDPA)])
 def test_our_kernel_where_it_may_be_faster(monkeypatch, first, op):
     """A length known to be too short for it is left to SDPA; the operator computes the same."""
-    monkeypatch.setattr(branch_attention, "may_outrun_cudnn", lambda q: True)
+    monkeypatch.setattr(cuda, "_in_half_on_hopper", lambda q: True)
     recorded = hf.prefill("llama")
-    monkeypatch.setattr(branch_attention, "OUTRUNS_CUDNN_FROM", {hf.DIM: first})
+    monkeypatch.setattr(cuda, "OUTRUNS_CUDNN_FROM", {hf.DIM: first})
     result = recorded.rewrite(config=LONG)
     # (The last layer has one query, which is not for that kernel.)
     assert attention_ops(result.gm) == Counter({op: hf.LAYERS - 1}) + Counter({SDPA: 1})
@@ -81,8 +82,8 @@ def test_our_kernel_where_it_may_be_faster(monkeypatch, first, op):
 
 
 def test_a_symbolic_length_may_be_long(monkeypatch):
-    monkeypatch.setattr(branch_attention, "may_outrun_cudnn", lambda q: True)
-    monkeypatch.setattr(branch_attention, "OUTRUNS_CUDNN_FROM", {hf.DIM: hf.LENGTH + 1})
+    monkeypatch.setattr(cuda, "_in_half_on_hopper", lambda q: True)
+    monkeypatch.setattr(cuda, "OUTRUNS_CUDNN_FROM", {hf.DIM: hf.LENGTH + 1})
     recorded = hf.prefill("llama", dynamic=True)
     result = recorded.rewrite(config=LONG)
     assert attention_ops(result.gm) == {FULL_OP: hf.LAYERS - 1, SDPA: 1}
