@@ -65,7 +65,6 @@ def mix_attention(gm: fx.GraphModule, sites: list[AttentionSite], plan: RoutingP
             site.became = "left alone"
         else:
             redirect(sites, output, replace(site, result, emitter))
-    gm.graph.lint()
     return mixer.source
 
 

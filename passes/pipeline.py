@@ -74,24 +74,20 @@ def analyse(
 def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
     """Rewrite what may be rewritten, as ``plan`` says, and verify the outcome."""
     clock = _Clock(result.seconds)
+    gm, sites = result.gm, result.sites
     if plan.training is not None:
-        result.shares = clock("mix_attention", lambda: mix_attention(result.gm, result.sites, plan))
-        drop_unused(result.sites)
-        clock("store_rotary", lambda: store_rotary(result.gm))
-        clock("verify", lambda: verify(result.gm, result.sites))
-        clock("verify_mixture", lambda: verify_mixture(result.gm, result.sites, result.shares))
-        clock("recompile", result.gm.recompile)
-        return result
-    clock("start_cache", lambda: start_caches(result.gm, result.sites))
-    clock("read_last_token", lambda: read_last_token(result.gm, result.sites, plan))
-    result.routes = clock(
-        "branch_attention", lambda: branch_attention(result.gm, result.sites, plan)
-    )
-    clock("ask_last_token", lambda: ask_last_token(result.sites))
-    drop_unused(result.sites)
-    clock("store_rotary", lambda: store_rotary(result.gm))
-    clock("verify", lambda: verify(result.gm, result.sites))
-    clock("recompile", result.gm.recompile)
+        result.shares = clock("mix_attention", lambda: mix_attention(gm, sites, plan))
+    else:
+        clock("start_cache", lambda: start_caches(gm, sites))
+        clock("read_last_token", lambda: read_last_token(gm, sites, plan))
+        result.routes = clock("branch_attention", lambda: branch_attention(gm, sites, plan))
+        clock("ask_last_token", lambda: ask_last_token(sites))
+    drop_unused(sites)
+    clock("store_rotary", lambda: store_rotary(gm))
+    clock("verify", lambda: verify(gm, sites))
+    if result.shares is not None:
+        clock("verify_mixture", lambda: verify_mixture(gm, sites, result.shares))
+    clock("recompile", gm.recompile)
     return result
 
 
