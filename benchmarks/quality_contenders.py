@@ -46,6 +46,11 @@ class Run:
     through: str
     seconds: float
 
+    @property
+    def sparse(self) -> str | None:
+        """Its sparse attention, as `sparse_mode` says it; None where all is full."""
+        return None if self.kind == "full" else sparse_mode(self.config)
+
 
 @dataclass(frozen=True, eq=False)
 class RouterRun(Run):

@@ -10,7 +10,7 @@ from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import Results
 from fluxcompile.evaluation.compare import judged, omega, quality, relative
 from fluxcompile.evaluation.intervals import Estimate
-from quality_contenders import RouterRun, Run, sparse_mode
+from quality_contenders import RouterRun, Run
 from quality_static import METHODS
 
 FULL = ("*", "black")
@@ -62,11 +62,11 @@ def _series(run: Run) -> str:
     """What shares a mark: a recipe's seeds, a method's patterns of one kind of sparse attention."""
     if isinstance(run, RouterRun):
         return run.source.recipe
-    method, *rest = run.name.split()
+    method = run.name.split()[0]
     if method not in METHODS:
         return run.name
-    mode = sparse_mode(run.config)  # in the name where there are several
-    return f"{method} {mode}" if " ".join(rest).endswith(mode) else method
+    several = run.name.endswith(f" {run.sparse}")  # the name then says which
+    return f"{method} {run.sparse}" if several else method
 
 
 def _styles(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:

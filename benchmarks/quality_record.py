@@ -8,7 +8,7 @@ from typing import Any
 from fluxcompile.evaluation.compare import omega, quality
 from fluxcompile.evaluation.evaluate import CellResult
 from fluxcompile.evaluation.intervals import LEVEL, RESAMPLES
-from quality_contenders import RouterRun, Run, StaticRun, sparse_mode
+from quality_contenders import RouterRun, Run, StaticRun
 from quality_goals import Verdict
 from quality_run import Bench
 
@@ -37,8 +37,8 @@ def _run(run: Run, full: dict, seed: int) -> dict[str, Any]:
     if isinstance(run, RouterRun):
         about |= {"recipe": run.source.recipe, "directory": run.source.directory,
                   "bias": run.source.bias}  # fmt: skip
-    if isinstance(run, RouterRun | StaticRun):
-        about["sparse"] = sparse_mode(run.config)
+    if run.sparse is not None:
+        about["sparse"] = run.sparse
     if isinstance(run, StaticRun):
         about["routes"] = list(run.routes)
     return {

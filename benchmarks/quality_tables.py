@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fluxcompile.evaluation.compare import judged, omega, quality, relative
 from fluxcompile.evaluation.intervals import Estimate
-from quality_contenders import RouterRun, Run, StaticRun, sparse_mode
+from quality_contenders import Run
 from quality_goals import Verdict
 
 MET = {True: "met", False: "MISSED", None: "—"}
@@ -51,7 +51,7 @@ def summary_rows(runs: Sequence[Run], seed: int) -> list[dict[str, str]]:
     return [
         {
             "routes": run.name,
-            "sparse": sparse_mode(run.config) if isinstance(run, RouterRun | StaticRun) else "—",
+            "sparse": run.sparse or "—",
             "through": run.through,
             "Ω": f"{omega(run.results):.3f}",
             "quality": _text(quality(run.results, full, seed=seed), 3),

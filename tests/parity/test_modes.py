@@ -16,9 +16,7 @@ MODES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "lowering", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"]
-)
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("mode", MODES)
 def test_lowered_modes_equal_the_eager_graph(mode, lowering):
     """What the modes compute is tested operator by operator; here, that no lowering changes it."""
