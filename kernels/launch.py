@@ -1,7 +1,9 @@
 """What the Triton launchers share: plain numbers from shapes, no device data and no Triton."""
 
+import functools
 import math
 
+import torch
 from torch import Tensor
 
 _LOG2_E = math.log2(math.e)
@@ -31,3 +33,11 @@ def score_scales(scale: float, softcap: float) -> tuple[float, float]:
     if softcap:
         return _LOG2_E, 2.0 * _LOG2_E * scale / softcap
     return _LOG2_E * scale, 0.0
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be set up while the one before it runs (Hopper and later)."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -21,6 +21,7 @@ from fluxcompile.passes.insert_shares import ShareSource
 from fluxcompile.passes.last_token import ask_last_token, read_last_token
 from fluxcompile.passes.mix_attention import mix_attention
 from fluxcompile.passes.plan import RoutingPlan
+from fluxcompile.passes.project_rows import project_rows
 from fluxcompile.passes.recover_kv import recover_kv
 from fluxcompile.passes.recover_mask import recover_masks
 from fluxcompile.passes.site import AttentionSite
@@ -84,6 +85,8 @@ def rewrite(result: Rewrite, plan: RoutingPlan) -> Rewrite:
         clock("ask_last_token", lambda: ask_last_token(sites))
     drop_unused(sites)
     clock("store_rotary", lambda: store_rotary(gm))
+    if sites and plan.training is None:
+        clock("project_rows", lambda: project_rows(gm))
     clock("verify", lambda: verify(gm, sites))
     if result.shares is not None:
         clock("verify_mixture", lambda: verify_mixture(gm, sites, result.shares))

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
+from fluxcompile.kernels.launch import overlaps, row_strides, score_scales, tile, unit_stride
 
 # Below every score and finite, so that the maximum of a split without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
@@ -239,7 +239,7 @@ def decode_attention(
     part = q.new_empty(batch, queries, heads, most, head_dim, dtype=torch.float32)
     maxima = q.new_empty(batch, queries, heads, most, dtype=torch.float32)
     sums = torch.empty_like(maxima)
-    overlap = _overlaps(q.device)
+    overlap = overlaps(q.device)
     with torch.cuda.device_of(q):
         split_kernel[(batch * kv_heads, tiles, most)](
             q, k, v, part, maxima, sums, query_bounds.contiguous(),
@@ -284,14 +284,6 @@ def choose_splits(rows: int, batch: int, keys: int, block_n: int, sms: int) -> t
     even = max(1, places // max(rows, 1))
     alone = max(1, places * batch // max(rows, 1))
     return min(even, useful), min(max(even, min(alone, _MORE_SPLITS)), useful)
-
-
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be set up while the one before it runs (Hopper and later)."""
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Small sizes and tiles: the interpreter takes a twentieth of a second a program, 
 still meet every kind of key block. No bf16: its matmul is silently wrong there.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 
 from fluxcompile.kernels.decode.triton import Config as DecodeConfig
 from fluxcompile.kernels.host_flag import triton as flag_triton
+from fluxcompile.kernels.project_row import triton as row_triton
 from fluxcompile.kernels.router import triton as router_triton
 from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.streaming.triton import Config
 
-from . import cases, gradient_cases, router_cases, triton_checks
+from . import cases, gradient_cases, router_cases, row_cases, triton_checks
 
 TOKENS = 100
 TILES = Config(16, 16, 4, 1)
@@ -98,6 +100,13 @@ def test_decode_half(name, splits):
 @pytest.mark.parametrize("shape", [(3, 3, 70, 24), (1, 2, 5, 16)], ids=str)
 def test_router(shape):
     router_cases.check(router_triton.route_rows, router_cases.operands(*shape))
+
+
+@pytest.mark.parametrize("tiles", [None, row_triton.Config(2, 16, 1)], ids=["shipped", "tiles"])
+@pytest.mark.parametrize("case", row_cases.SMALL, ids=str)
+def test_project_row(case, tiles):
+    x = row_cases.operands(case)
+    row_cases.check(functools.partial(row_triton.project_row, config=tiles), x)
 
 
 def test_router_features():

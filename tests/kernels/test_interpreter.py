@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 # what pytest selects by: the file
 KERNELS = {
     "gradients": "interpreted.py",
-    "prefill or decode or router": "interpreted.py",
+    "prefill or decode or router or row": "interpreted.py",
     "triangle or block_sparse or xattention or half": "interpreted_sparse.py",
 }
 

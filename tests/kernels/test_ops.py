@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from fluxcompile.errors import KernelError
 from fluxcompile.kernels import ops
 
-from . import cases, router_cases, sparse_cases
+from . import cases, router_cases, row_cases, sparse_cases
 
 MIXED = cases.named("mixed-left")
 FULL = cases.named("full-left")
@@ -54,6 +54,10 @@ def calls():
             (*bare_step.operands[:4], None, None, 0.1, 0.0),
         ),
         "route_rows": (flux.route_rows.default, router_cases.operands(heads=3, width=16)),
+        "project_row": (
+            flux.project_row.default,
+            row_cases.operands(row_cases.Case(24, (5, 5), bias=True, norm=True, gated=True)),
+        ),
         "route_features": (flux.route_features.default, router_cases.feature_operands()),
         **{mode: sparse_call(mode) for mode in sparse_cases.MODES},
     }

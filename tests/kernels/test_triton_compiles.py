@@ -11,13 +11,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
 from fluxcompile.kernels.host_flag import triton as flag_triton  # noqa: E402
+from fluxcompile.kernels.project_row import triton as row_triton  # noqa: E402
 from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
 from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
 from fluxcompile.kernels.streaming.backward import triton as backward_triton  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
-FLOATS = ("scale", "score_scale", "cap_scale", "softcap", "threshold")
+FLOATS = ("scale", "score_scale", "cap_scale", "softcap", "threshold", "eps")
 TYPES = {
     "p_bounds": "*i32", "p_q_start": "*i32", "p_route": "*u8", "p_valid": "*u8", "p_mask": "*u8",
     "p_list": "*i16", "p_count": "*i32", "p_rows": "*u8", "p_flag": "*u8",
@@ -142,3 +143,16 @@ def test_router_compiles():
     compiled(router_triton.linear_kernel, config, "fp32", {**sizes, "ACTIVATED": True})
     compiled(router_triton.decide_kernel, config, "fp32", {"IN": 128, "BLOCK_K": 128})
     compiled(flag_triton.flag_kernel, config, "u8", {"ANY": False, "BLOCK": 32})
+
+
+@pytest.mark.parametrize("element", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inputs", [576, 4096, 14336])
+def test_project_row_compiles(inputs, element):
+    tiles = row_triton.choose_config(inputs)
+    constants = {
+        "IN": inputs, "ROWS": tiles.rows, "COLUMNS": tiles.columns,
+        "HAS_BIAS": True, "HAS_NORM": True, "HAS_ADDED": True, "GATED": True, "OVERLAP": True,
+    }  # fmt: skip
+    config = decode_triton.Config(0, tiles.num_warps, 1)
+    binary = compiled(row_triton.project_kernel, config, element, constants)
+    assert "ld.global.v4" in binary.asm["ptx"], "weights must be read 16 bytes at a time"

@@ -41,6 +41,18 @@ def test_full(kind, static):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic-cache", "static-cache"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_one_row(kind, static):
+    """A token's linear layers run in our own kernel, with their norms and sums."""
+    model, twin = tiny_model(kind), tiny_model(kind)
+    given = prompt(1, 63, "none")
+    expected = generate(twin, given, 6, static)
+    model.cuda().compile(backend="flux", options={"routes": "full", "strict": True})
+    assert_same_generation(on_cpu(generate(model, on_gpu(given), 6, static)), expected)
+    eager(model)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic-cache", "static-cache"])
 def test_router_with_mixed_rows(static):
     model, twin = tiny_model("qwen3").cuda(), tiny_model("qwen3")
     router = random_router(twin)

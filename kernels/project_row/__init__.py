@@ -1,0 +1,1 @@
+"""The linear layers of a single token."""

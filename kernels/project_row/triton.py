@@ -1,0 +1,154 @@
+"""One token's products with matrices in Triton: every program reads a few rows of a matrix once.
+
+The first columns are on their way before the program waits for the kernel that makes the token, so
+that the memory does not idle between two kernels.
+
+Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, ``n_`` count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda as tl_cuda
+
+from fluxcompile.kernels.launch import overlaps
+from fluxcompile.kernels.project_row.op import outputs
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows of a matrix a program, columns a step, warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+_WHOLE_ROW = 4096  # columns that a program reads at once, at most
+_LANE = 16  # columns of a thread in one step
+
+
+def choose_config(inputs: int) -> Config:
+    """For matrices with ``inputs`` columns. Measured on Hopper GPUs."""
+    if inputs <= _WHOLE_ROW:
+        columns = triton.next_power_of_2(inputs)
+        return Config(1, columns, max(1, min(8, columns // (32 * _LANE))))
+    return Config(4, 512, 4)
+
+
+@triton.jit
+def project_kernel(
+    p_x, p_norm, p_added, p_y,
+    p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2,
+    n_0, n_1, n_2, stride_0, stride_1, stride_2, eps,
+    IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr,
+    GATED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A few features of the result; see :func:`fluxcompile.kernels.project_row.op.project_row`."""
+    i_tile = tl.program_id(0)
+    n_done = 0  # features of the matrices before this one
+    p_w, p_bias, n_rows, stride = p_w0, p_bias0, n_0, stride_0
+    if not GATED:
+        n_tiles = tl.cdiv(n_0, ROWS)
+        if i_tile >= n_tiles:
+            i_tile -= n_tiles
+            n_done += n_0
+            p_w, p_bias, n_rows, stride = p_w1, p_bias1, n_1, stride_1
+            n_tiles = tl.cdiv(n_1, ROWS)
+            if i_tile >= n_tiles:
+                i_tile -= n_tiles
+                n_done += n_1
+                p_w, p_bias, n_rows, stride = p_w2, p_bias2, n_2, stride_2
+    o_row = i_tile * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < n_rows
+    o_k = tl.arange(0, COLUMNS)
+    p_w += o_row[:, None].to(tl.int64) * stride + o_k[None, :]
+    p_up = p_w1 + o_row[:, None].to(tl.int64) * stride_1 + o_k[None, :]
+    m_w = m_row[:, None] & (o_k < IN)[None, :]
+    b_w = tl.load(p_w, mask=m_w, other=0.0)
+    if GATED:
+        b_up = tl.load(p_up, mask=m_w, other=0.0)
+    if OVERLAP:
+        tl_cuda.gdc_wait()  # until the token has been written
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_sum_up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_squares = tl.zeros([COLUMNS], tl.float32)
+    for i in range(0, IN, COLUMNS):
+        m_k = o_k < IN - i
+        b_x = tl.load(p_x + i + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            b_squares += b_x * b_x
+            b_x *= tl.load(p_norm + i + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_now = b_w.to(tl.float32)
+        if GATED:
+            b_up_now = b_up.to(tl.float32)
+        if IN > COLUMNS:  # the next columns, while these are multiplied
+            i_next = i + COLUMNS
+            m_w = m_row[:, None] & (o_k < IN - i_next)[None, :]
+            b_w = tl.load(p_w + i_next, mask=m_w, other=0.0)
+            if GATED:
+                b_up = tl.load(p_up + i_next, mask=m_w, other=0.0)
+        b_sum += b_now * b_x[None, :]
+        if GATED:
+            b_sum_up += b_up_now * b_x[None, :]
+    scale = 1.0
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(b_squares, 0) / IN + eps)
+    b_y = tl.sum(b_sum, 1) * scale
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_row, mask=m_row, other=0.0).to(tl.float32)
+    if GATED:
+        b_other = tl.sum(b_sum_up, 1) * scale
+        if HAS_BIAS:
+            b_other += tl.load(p_bias1 + o_row, mask=m_row, other=0.0).to(tl.float32)
+        b_y = b_y / (1.0 + tl.exp(-b_y)) * b_other
+    o_y = n_done + o_row
+    if HAS_ADDED:
+        b_y += tl.load(p_added + o_y, mask=m_row, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_row)
+
+
+def project_row(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    added: Tensor | None,
+    gated: bool,
+    config: Config | None = None,
+) -> Tensor:
+    """Launch the kernel.
+
+    Args:
+        x: ``[..., K]``; for the operands see
+            :func:`fluxcompile.kernels.project_row.op.project_row`.
+        config: None: chosen for the matrices' columns.
+
+    Returns:
+        ``[..., N]``.
+    """
+    inputs = x.shape[-1]
+    config = config or choose_config(inputs)
+    y = x.new_empty(*x.shape[:-1], outputs(weights, gated))
+    weights = [weight if weight.stride(1) == 1 else weight.contiguous() for weight in weights]
+    of_three = [*weights, *[weights[0]] * (3 - len(weights))]
+    bias_of_three = [*(bias.contiguous() for bias in biases), *[x] * (3 - len(biases))]
+    rows = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
+    tiles = sum(triton.cdiv(n, config.rows) for n in (rows[:1] if gated else rows))
+    overlap = overlaps(x.device)
+    with torch.cuda.device_of(x):
+        project_kernel[(tiles,)](
+            x.contiguous(), x if norm is None else norm.contiguous(),
+            x if added is None else added.contiguous(), y,
+            *of_three, *bias_of_three, *rows, *(weight.stride(0) for weight in of_three), eps,
+            IN=inputs, ROWS=config.rows, COLUMNS=config.columns,
+            HAS_BIAS=bool(biases), HAS_NORM=norm is not None, HAS_ADDED=added is not None,
+            GATED=gated, OVERLAP=overlap, num_warps=config.num_warps,
+            **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    return y

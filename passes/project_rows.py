@@ -1,0 +1,215 @@
+"""Launch the linear layers of a single token together with what stands around them.
+
+======  =======================================================================================
+before  ``y = norm(x); q, k, v = Wq @ y, Wk @ y, Wv @ y``
+after   ``q, k, v = split(project_row(x, [Wq, Wk, Wv], norm))``
+before  ``x + Wd @ (silu(Wg @ norm(x)) * (Wu @ norm(x)))``
+after   ``project_row(project_row(x, [Wg, Wu], norm, gated), [Wd], added=x)``
+======  =======================================================================================
+
+A token's product takes as long as its matrix takes to read, and a decode step is little else: what
+is left to gain are its launches, and the gaps between them.
+
+Legal because the operator computes the same sums, in fp32, and rounds less often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fluxcompile.kernels.project_row.op import DTYPES, MAX_WEIGHTS
+from fluxcompile.passes.emit import Emitter
+from fluxcompile.passes.graph_util import (
+    argument,
+    as_expr,
+    changes_of,
+    erase_dead,
+    is_tensor,
+    memory_of,
+    op_name,
+    value_of,
+)
+from fluxcompile.passes.rms_norm import RmsNorm, rms_norm_of
+
+_ALIGNED = 16  # columns of a matrix must be a multiple of it, to be read 16 bytes at a time
+
+
+@dataclass(frozen=True)
+class _Linear:
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+def project_rows(gm: fx.GraphModule, devices: Collection[str] = ("cuda",)) -> int:
+    """Replace the linear layers that read one row; returns how many launches they then are."""
+    by_input: dict[fx.Node, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        linear = _row_linear(node, devices)
+        if linear is not None:
+            by_input.setdefault(linear.x, []).append(node)
+    writer = _Writer(Emitter(gm))
+    for nodes in by_input.values():
+        # Read again: what the layers before these gave is another node by now.
+        writer.replace([_row_linear(node, devices) for node in nodes])
+    return writer.launches
+
+
+class _Writer:
+    def __init__(self, emitter: Emitter) -> None:
+        self.emitter = emitter
+        self.launches = 0
+
+    def replace(self, linears: list[_Linear]) -> None:
+        """Replace what reads one token."""
+        x = linears[0].x
+        if changes_of(memory_of(x)):
+            return  # it may be another token for each of them
+        norm = _norm_for(x, linears)
+        for gate, up, product in _gated(linears):
+            linears = [linear for linear in linears if linear not in (gate, up)]
+            self._write([gate, up], norm, product, gated=True)
+        for with_bias in (False, True):
+            alike = [linear for linear in linears if (linear.bias is not None) == with_bias]
+            while alike:
+                together = _together(alike)
+                alike = alike[len(together) :]
+                if len(together) == 1:
+                    self._write(together, norm, together[0].node)
+                else:
+                    self._write_side_by_side(together, norm)
+        erase_dead(x)
+
+    def _write(
+        self, linears: list[_Linear], norm: RmsNorm | None, result: fx.Node, gated: bool = False
+    ) -> None:
+        """One launch for ``result``, and for the sum that it may go into."""
+        added, total = _residual(result)
+        with self.emitter.graph.inserting_before(total):
+            row = self._call(linears, norm, added, gated, value_of(total))
+        total.replace_all_uses_with(row)
+        erase_dead(total)
+
+    def _write_side_by_side(self, linears: list[_Linear], norm: RmsNorm | None) -> None:
+        first = linears[0].node
+        features = [value_of(linear.node).shape[-1] for linear in linears]
+        value = value_of(first).new_empty((*value_of(first).shape[:-1], sum(features)))
+        with self.emitter.graph.inserting_before(first):
+            row = self._call(linears, norm, None, False, value)
+            begin = 0
+            for linear, count in zip(linears, features, strict=True):
+                part = self.emitter.item(row, (..., slice(begin, begin + count)))
+                part.meta["example_value"] = value[..., begin : begin + count]
+                linear.node.replace_all_uses_with(part)
+                begin += count
+        for linear in linears:
+            erase_dead(linear.node)
+
+    def _call(
+        self,
+        linears: list[_Linear],
+        norm: RmsNorm | None,
+        added: fx.Node | None,
+        gated: bool,
+        value: torch.Tensor,
+    ) -> fx.Node:
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        if norm is None:
+            args = (linears[0].x, weights, biases, None, 0.0, added, gated)
+        else:
+            args = (norm.x, weights, biases, norm.weight, norm.eps, added, gated)
+        row = self.emitter.call(torch.ops.flux.project_row.default, args, like=linears[0].node)
+        row.meta["example_value"] = value
+        self.launches += 1
+        return row
+
+
+def _row_linear(node: fx.Node, devices: Collection[str]) -> _Linear | None:
+    """``node`` as a linear layer of one token, with plain tensors of one dtype."""
+    if node.op != "call_function" or op_name(node) != "linear" or not is_tensor(node):
+        return None
+    names = ("input", "weight", "bias")
+    x, weight, bias = (argument(node, i, name) for i, name in enumerate(names))
+    operands = [operand for operand in (x, weight, bias) if operand is not None]
+    if not all(map(_is_plain, operands)):
+        return None
+    value, matrix = value_of(x), value_of(weight)
+    kinds = {(value_of(one).dtype, value_of(one).device) for one in (node, *operands)}
+    if len(kinds) != 1 or value.dtype not in DTYPES or value.device.type not in devices:
+        return None
+    if not all(as_expr(size).is_Integer for size in (*value.shape, *matrix.shape)):
+        return None
+    if math.prod(value.shape[:-1]) != 1 or matrix.dim() != 2 or matrix.stride(1) != 1:
+        return None
+    return _Linear(node, x, weight, bias) if matrix.shape[1] % _ALIGNED == 0 else None
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Not a tensor that stands for others: sharded, quantised..."""
+    return is_tensor(node) and not is_traceable_wrapper_subclass(value_of(node))
+
+
+def _norm_for(x: fx.Node, linears: list[_Linear]) -> RmsNorm | None:
+    """The norm that only these layers read, if it may as well be computed where they are."""
+    norm = rms_norm_of(x)
+    if norm is None or set(x.users) != {linear.node for linear in linears}:
+        return None
+    unchanged = not changes_of(memory_of(norm.x)) and not changes_of(norm.weight)
+    return norm if unchanged and _is_plain(norm.x) and _is_plain(norm.weight) else None
+
+
+def _gated(linears: list[_Linear]) -> list[tuple[_Linear, _Linear, fx.Node]]:
+    """Pairs in ``silu(gate) * up``, with the product."""
+    of = {linear.node: linear for linear in linears}
+    found = []
+    for gate in linears:
+        activated = _only_user(gate.node)
+        if activated is None or op_name(activated) != "silu" or activated.kwargs.get("inplace"):
+            continue
+        product = _only_user(activated)
+        if product is None or op_name(product) != "mul" or len(product.args) != 2:
+            continue
+        (other,) = [arg for arg in product.args if arg is not activated] or [None]
+        up = of.get(other)
+        if up is None or up is gate or _only_user(other) is not product:
+            continue
+        same = value_of(gate.node).shape == value_of(other).shape
+        if same and (gate.bias is None) == (up.bias is None):
+            found.append((gate, up, product))
+    return found
+
+
+def _together(linears: list[_Linear]) -> list[_Linear]:
+    """The first layers whose operands all stand before the first of them."""
+    chosen = linears[:1]
+    for linear in linears[1:MAX_WEIGHTS]:
+        operands = [linear.weight] + ([] if linear.bias is None else [linear.bias])
+        if any(operand > linears[0].node for operand in operands):
+            break
+        chosen.append(linear)
+    return chosen
+
+
+def _residual(result: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """What is added to ``result`` and the sum; None and ``result`` where it is not only added."""
+    total = _only_user(result)
+    if total is None or op_name(total) != "add" or len(total.args) != 2 or total.kwargs:
+        return None, result
+    others = [arg for arg in total.args if arg is not result]
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or not _is_plain(others[0]):
+        return None, result
+    values = [value_of(one) for one in (result, others[0], total)]
+    alike = {(tuple(value.shape), value.dtype, value.device) for value in values}
+    return (others[0], total) if len(alike) == 1 else (None, result)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

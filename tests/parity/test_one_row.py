@@ -1,0 +1,49 @@
+"""Steps of one token whose linear layers run as ``flux::project_row``, as they do on a GPU."""
+
+import functools
+
+import pytest
+
+from fluxcompile.passes import pipeline
+from fluxcompile.passes.project_rows import project_rows
+
+from .harness import assert_same_generation, eager, generate
+from .models import prompt, tiny_model
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The pass for CPUs too; how many launches it made of each graph."""
+    counts = []
+
+    def on_cpu(gm):
+        counts.append(project_rows(gm, devices=("cpu",)))
+        return counts[-1]
+
+    monkeypatch.setattr(pipeline, "project_rows", functools.wraps(project_rows)(on_cpu))
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_generates_the_same(kind, launches):
+    """Launches of a layer: q, k and v; o; gate and up; down."""
+    model, twin = tiny_model(kind), tiny_model(kind)
+    given = prompt(1, 30, "none")
+    expected = generate(twin, given, 5)
+    options = {"routes": "full", "lowering": "aot_eager"}
+    model.compile(backend="flux", options=options)
+    assert_same_generation(generate(model, given, 5), expected)
+    layers = model.config.num_hidden_layers
+    assert max(launches) == 4 * layers + 1, "and the vocabulary's"
+    eager(model)
+
+
+@pytest.mark.slow
+def test_through_inductor(launches):
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    given = prompt(1, 30, "none")
+    expected = generate(twin, given, 5)
+    model.compile(backend="flux", options={"routes": "full"})
+    assert_same_generation(generate(model, given, 5), expected)
+    assert max(launches) == 4 * model.config.num_hidden_layers + 1
+    eager(model)
