@@ -16,6 +16,7 @@ from fluxcompile.explaining.layer_times import HOW, LayerTimes
 from fluxcompile.explaining.timed_graph import Stopwatch, TimedGraph
 from fluxcompile.inspection import forward_apart
 from fluxcompile.model_layers import unwrap
+from fluxcompile.one_layer_cache import CACHE_ARGUMENTS
 from fluxcompile.options import CompileOptions
 from fluxcompile.report import FluxReport, GraphReport
 from fluxcompile.route_record import Routes, routes_of
@@ -59,7 +60,7 @@ def explain_prompt(
 
     The rewritten graph runs node by node, without Inductor: the attentions are the compiled model's
     own operators, all else is PyTorch's. A model of transformers gets a fresh
-    :class:`fluxcompile.FluxCache` each run, unless ``use_cache`` or ``past_key_values`` say else.
+    :class:`fluxcompile.FluxCache` each run, unless the call has a cache or ``use_cache``.
 
     Args:
         options: as for ``torch.compile(model, backend="flux", options=...)``.
@@ -132,7 +133,7 @@ def _cache(model: nn.Module, options: CompileOptions, kwargs: Mapping[str, Any])
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig) or config.is_encoder_decoder:
         return None
-    if "past_key_values" in kwargs or "use_cache" in kwargs:
+    if not kwargs.keys().isdisjoint({*CACHE_ARGUMENTS, "use_cache"}):
         return None
     from fluxcompile.cache import FluxCache
 

@@ -1,14 +1,18 @@
 """``explain_prompt``: what it finds is what the model does."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import DynamicCache
 
 import fluxcompile
 from fluxcompile import FluxCache, OptionError
 from fluxcompile.explaining import explain_prompt
 from fluxcompile.explaining.timed_graph import Stopwatch
+from fluxcompile.one_layer_cache import CACHE_ARGUMENTS
 from fluxcompile.passes.site import SkipReason
 from tests.explaining import cases
 from tests.passes.graphs import Layer, eager_softmax, hidden
@@ -92,6 +96,17 @@ def test_no_cache_is_forced_on_a_call_without_one():
     )
     assert report.memory is None
     assert {row.cache for row in report.layers.rows} == {"none"}
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+def test_a_cache_of_the_callers_is_the_only_one(name):
+    model = cases.model(layers=1)
+    if name not in inspect.signature(model.forward).parameters:
+        pytest.skip(f"this transformers does not take {name}=")
+    cache = DynamicCache(config=model.config)
+    report = explain_prompt(model, repeats=0, **{name: cache}, **cases.prompt())
+    assert report.memory is None
+    assert cache.get_seq_length() == cases.prompt()["input_ids"].shape[1]
 
 
 def test_a_hand_written_model_with_a_layer_that_is_left_alone():
