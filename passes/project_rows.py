@@ -70,8 +70,8 @@ class _Writer:
     def replace(self, linears: list[_Linear]) -> None:
         """Replace what reads one token."""
         x = linears[0].x
-        if changes_of(memory_of(x)):
-            return  # it may be another token for each of them
+        if any(changes_of(memory_of(one)) for one in (x, *(linear.weight for linear in linears))):
+            return  # it may be another token, or matrix, for each of them
         norm = _norm_for(x, linears)
         for gate, up, product in _gated(linears):
             linears = [linear for linear in linears if linear not in (gate, up)]

@@ -39,7 +39,8 @@ def choose_config(inputs: int, gated: bool = False) -> Config:
     return Config(1 if gated else 2, columns, max(1, min(8, columns // (32 * _LANE))))
 
 
-@triton.jit
+# A matrix of one row is no other kernel, and fewer matrices neither.
+@triton.jit(do_not_specialize=["n_0", "n_1", "n_2"])
 def project_kernel(
     p_x, p_norm, p_added, p_y,
     p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2,

@@ -26,7 +26,7 @@ class Case:
 SMALL = (
     Case(16, (5,)),
     Case(48, (3, 2), bias=True),
-    Case(24, (7, 2, 3), norm=True),
+    Case(24, (1, 2, 3), norm=True),
     Case(24, (7, 2, 3), bias=True, norm=True),
     Case(16, (6,), added=True),
     Case(24, (5, 5), gated=True),

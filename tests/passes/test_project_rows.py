@@ -150,6 +150,18 @@ def test_a_token_that_changes_between_two_layers():
     assert projected(call, token())[0] == 0
 
 
+def test_a_matrix_that_changes_between_two_tokens():
+    weight = torch.randn(8, WIDTH)
+
+    def call(x, y):
+        matrix = weight * 1
+        first = functional.linear(x, matrix)
+        matrix.add_(1)
+        return first, functional.linear(y, matrix)
+
+    assert projected(call, token(), token())[0] == 0
+
+
 def test_a_residual_stream_that_is_written_in_place():
     norm, layer = Norm(), linear()
 
