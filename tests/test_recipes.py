@@ -21,7 +21,7 @@ FILE = FOLDER / "recipes" / "smollm2.json"
 NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
     "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "triangle",
-    "triangle-0.65", "triangle-0.7", "triangle-0.85", "triangle-32", "longer",
+    "triangle-0.7", "triangle-0.65", "triangle-0.85", "triangle-32", "longer",
     "longer-8k", "longer-24", "longer-0.65", "longer-sure", "longer-prefix", "long-24", "batch-24",
 )  # fmt: skip
 
