@@ -141,7 +141,7 @@ def test_routers_are_the_same_both_ways():
 @pytest.mark.parametrize(
     ("sparse", "decode", "targets"),
     [
-        ("triangle", "sparse", 9),
+        pytest.param("triangle", "sparse", 9, marks=pytest.mark.slow),
         ("triangle", "sparse", 90),
         pytest.param("triangle", "dense", 9, marks=pytest.mark.slow),
         pytest.param("streaming", "dense", 9, marks=pytest.mark.slow),

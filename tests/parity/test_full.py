@@ -28,7 +28,6 @@ DEFAULT = {
     ("qwen3", 1, "left", "static", True): (2, 63),
     ("qwen3", 1, "ones", "dynamic", False): (63,),
     ("mistral", 3, "left", "dynamic", None): (63,),
-    ("mistral", 1, "left", "static", None): (63,),
 }
 
 

@@ -24,7 +24,7 @@ def launches(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_generates_the_same(kind, launches):
     """Launches of a layer: q, k and v; o; gate and up; down."""
     model, twin = tiny_model(kind), tiny_model(kind)
