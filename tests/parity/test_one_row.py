@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+import fluxcompile
 from fluxcompile.passes import pipeline
 from fluxcompile.passes.project_rows import project_rows
 
@@ -35,6 +36,17 @@ def test_generates_the_same(kind, launches):
     assert_same_generation(generate(model, given, 5), expected)
     layers = model.config.num_hidden_layers
     assert max(launches) == 4 * layers + 1, "and the vocabulary's"
+    eager(model)
+
+
+def test_layer_by_layer(launches):
+    """Compiled by regions all layers run one graph; the vocabulary's product is in none."""
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    given = prompt(1, 30, "none")
+    expected = generate(twin, given, 5)
+    fluxcompile.compile(model, routes="full", regional=True, lowering="aot_eager")
+    assert_same_generation(generate(model, given, 5), expected)
+    assert max(launches) == 4
     eager(model)
 
 
