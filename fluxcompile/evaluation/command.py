@@ -126,12 +126,33 @@ def comparison(routed: Results, full: Results, seed: int = 0) -> Table:
 
 @contextlib.contextmanager
 def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of ``total`` prompts; yields what advances it."""
+    """A progress bar of ``total`` prompts, or a line a tenth where there is no terminal.
+
+    Yields:
+        What advances it, by a number of prompts.
+    """
+    if not console.is_terminal:
+        yield _lines(console, name, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
     task = bar.add_task(name, total=total)
     with bar:
         yield lambda n: bar.advance(task, n)
+
+
+def _lines(console: Console, name: str, total: int) -> Callable[[int], None]:
+    started, done = time.perf_counter(), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        tenths = 10 * done // total
+        done += n
+        if 10 * done // total > tenths:
+            took = time.perf_counter() - started
+            console.print(f"{name}: {done} of {total} prompts, {took:.0f} s", highlight=False)
+
+    return advance
 
 
 def _text(estimate: Estimate) -> str:

@@ -56,6 +56,17 @@ def test_router_against_full_attention(tmp_path, monkeypatch):
     assert "code" in out.getvalue()
 
 
+def test_without_a_terminal_progress_is_a_line_a_tenth():
+    out = io.StringIO()
+    with command.counting(Console(file=out), "full", 40) as advance:
+        for _ in range(20):
+            advance(2)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("full: 4 of 40 prompts, ")
+    assert lines[-1].startswith("full: 40 of 40 prompts, ")
+
+
 def test_batches_are_all_of_one_size():
     sizes = []
 
