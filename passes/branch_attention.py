@@ -180,10 +180,13 @@ def _prefill(
     routes: RouteSource,
 ) -> fx.Node:
     operands, config = masks.prefill(site), plan.config
+    # Branches must give the same strides. Of one query SDPA's are others: its heads come first.
+    one_routed = policy is Policy.ROUTER and site.all_tokens is not None
 
     def branch(mode: str, route: fx.Node | None = None) -> Branch:
         if mode == "full":
-            return full_branch(site, operands, ours=may_outrun_cudnn(value_of(site.q)))
+            ours = one_routed or may_outrun_cudnn(value_of(site.q))
+            return full_branch(site, operands, ours)
         return sparse_branch(mode, site, operands, route, config)
 
     dense = plan.retrieval if _retrieves(site, plan) else "full"

@@ -17,7 +17,13 @@ from tests.parity.harness import (
     eager,
     generate,
 )
-from tests.parity.models import flux_config, prompt, random_router, tiny_model
+from tests.parity.models import (
+    flux_config,
+    forced_router,
+    prompt,
+    random_router,
+    tiny_model,
+)
 
 CAPACITY = 96
 #: tokens of each call on one cache
@@ -142,6 +148,23 @@ def test_as_without_the_pass(kind, cache, padding, routes, sparse, without_the_p
     assert torch.equal(full, expected_full)
     assert_close(logits, expected)
     assert all(torch.equal(a, b) for a, b in zip(keys, expected_keys, strict=True))
+
+
+@pytest.mark.parametrize("sparse", ["streaming", slow("triangle")])
+@pytest.mark.parametrize("batch", [1, slow(2)])
+def test_routed_and_lowered_without_a_mask(batch, sparse):
+    """Full attention could be PyTorch's here: of one query it must not be, as AOTAutograd
+    compares the strides of both branches."""
+    model, config = tiny_model("llama"), flux_config(sparse=sparse)
+    fluxcompile.attach(model, forced_router(model, full=True, config=config))
+    given = {"input_ids": prompt(batch, sum(CHUNKS), "none").ids, "logits_to_keep": 1}
+    with torch.no_grad():
+        expected = tiny_model("llama")(**given).logits
+        made = compiled(model, config=config, strict=True, lowering="aot_eager")
+        got = model(**given).logits
+    assert_close(got, expected)
+    assert asked_last(made) == {True}
+    assert made.became == {f"routed: full or {sparse}"}
 
 
 def test_retrieval_reads_blocks():
