@@ -1,4 +1,7 @@
-"""What the Triton launchers share: plain numbers from shapes, no device data and no Triton."""
+"""What the Triton launchers share: numbers from shapes, and what a device can.
+
+No data of a device is read, and no Triton imported.
+"""
 
 import functools
 import math

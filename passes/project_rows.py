@@ -42,23 +42,37 @@ _ALIGNED = 16  # columns of a matrix must be a multiple of it, to be read 16 byt
 
 @dataclass(frozen=True)
 class _Linear:
+    """A linear layer; its operands are read when they are asked for, as they may be replaced."""
+
     node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
+
+    @property
+    def x(self) -> fx.Node:
+        return argument(self.node, 0, "input")
+
+    @property
+    def weight(self) -> fx.Node:
+        return argument(self.node, 1, "weight")
+
+    @property
+    def bias(self) -> fx.Node | None:
+        return argument(self.node, 2, "bias")
+
+    @property
+    def parameters(self) -> list[fx.Node]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 def project_rows(gm: fx.GraphModule, devices: Collection[str] = ("cuda",)) -> int:
     """Replace the linear layers that read one row; returns how many launches they then are."""
-    by_input: dict[fx.Node, list[fx.Node]] = {}
+    by_input: dict[fx.Node, list[_Linear]] = {}
     for node in gm.graph.nodes:
-        linear = _row_linear(node, devices)
-        if linear is not None:
-            by_input.setdefault(linear.x, []).append(node)
+        if _reads_one_row(node, devices):
+            linear = _Linear(node)
+            by_input.setdefault(linear.x, []).append(linear)
     writer = _Writer(Emitter(gm))
-    for nodes in by_input.values():
-        # Read again: what the layers before these gave is another node by now.
-        writer.replace([_row_linear(node, devices) for node in nodes])
+    for linears in by_input.values():
+        writer.replace(linears)
     return writer.launches
 
 
@@ -70,7 +84,7 @@ class _Writer:
     def replace(self, linears: list[_Linear]) -> None:
         """Replace what reads one token."""
         x = linears[0].x
-        if any(changes_of(memory_of(one)) for one in (x, *(linear.weight for linear in linears))):
+        if _may_change(x, *(linear.weight for linear in linears)):
             return  # it may be another token, or matrix, for each of them
         norm = _norm_for(x, linears)
         for gate, up, product in _gated(linears):
@@ -132,24 +146,23 @@ class _Writer:
         return row
 
 
-def _row_linear(node: fx.Node, devices: Collection[str]) -> _Linear | None:
-    """``node`` as a linear layer of one token, with plain tensors of one dtype."""
+def _reads_one_row(node: fx.Node, devices: Collection[str]) -> bool:
+    """True for a linear layer of one token, with plain tensors of one dtype."""
     if node.op != "call_function" or op_name(node) != "linear" or not is_tensor(node):
-        return None
-    names = ("input", "weight", "bias")
-    x, weight, bias = (argument(node, i, name) for i, name in enumerate(names))
-    operands = [operand for operand in (x, weight, bias) if operand is not None]
+        return False
+    linear = _Linear(node)
+    operands = [linear.x, *linear.parameters]
     if not all(map(_is_plain, operands)):
-        return None
-    value, matrix = value_of(x), value_of(weight)
+        return False
+    value, matrix = value_of(linear.x), value_of(linear.weight)
     kinds = {(value_of(one).dtype, value_of(one).device) for one in (node, *operands)}
     if len(kinds) != 1 or value.dtype not in DTYPES or value.device.type not in devices:
-        return None
+        return False
     if not all(as_expr(size).is_Integer for size in (*value.shape, *matrix.shape)):
-        return None
+        return False
     if math.prod(value.shape[:-1]) != 1 or matrix.dim() != 2 or matrix.stride(1) != 1:
-        return None
-    return _Linear(node, x, weight, bias) if matrix.shape[1] % _ALIGNED == 0 else None
+        return False
+    return matrix.shape[1] % _ALIGNED == 0
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -162,8 +175,13 @@ def _norm_for(x: fx.Node, linears: list[_Linear]) -> RmsNorm | None:
     norm = rms_norm_of(x)
     if norm is None or set(x.users) != {linear.node for linear in linears}:
         return None
-    unchanged = not changes_of(memory_of(norm.x)) and not changes_of(norm.weight)
-    return norm if unchanged and _is_plain(norm.x) and _is_plain(norm.weight) else None
+    operands = norm.x, norm.weight
+    return norm if all(map(_is_plain, operands)) and not _may_change(*operands) else None
+
+
+def _may_change(*nodes: fx.Node) -> bool:
+    """True where the graph writes to one of them, or to what it shares memory with."""
+    return any(changes_of(memory_of(node)) for node in nodes)
 
 
 def _gated(linears: list[_Linear]) -> list[tuple[_Linear, _Linear, fx.Node]]:
@@ -175,13 +193,10 @@ def _gated(linears: list[_Linear]) -> list[tuple[_Linear, _Linear, fx.Node]]:
         if activated is None or op_name(activated) != "silu" or activated.kwargs.get("inplace"):
             continue
         product = _only_user(activated)
-        if product is None or op_name(product) != "mul" or len(product.args) != 2:
+        up = of.get(_other_operand(product, "mul", activated))
+        if up is None or up is gate or _only_user(up.node) is not product:
             continue
-        (other,) = [arg for arg in product.args if arg is not activated] or [None]
-        up = of.get(other)
-        if up is None or up is gate or _only_user(other) is not product:
-            continue
-        same = value_of(gate.node).shape == value_of(other).shape
+        same = value_of(gate.node).shape == value_of(up.node).shape
         if same and (gate.bias is None) == (up.bias is None):
             found.append((gate, up, product))
     return found
@@ -191,8 +206,7 @@ def _together(linears: list[_Linear]) -> list[_Linear]:
     """The first layers whose operands all stand before the first of them."""
     chosen = linears[:1]
     for linear in linears[1:MAX_WEIGHTS]:
-        operands = [linear.weight] + ([] if linear.bias is None else [linear.bias])
-        if any(operand > linears[0].node for operand in operands):
+        if any(operand > linears[0].node for operand in linear.parameters):
             break
         chosen.append(linear)
     return chosen
@@ -201,14 +215,20 @@ def _together(linears: list[_Linear]) -> list[_Linear]:
 def _residual(result: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     """What is added to ``result`` and the sum; None and ``result`` where it is not only added."""
     total = _only_user(result)
-    if total is None or op_name(total) != "add" or len(total.args) != 2 or total.kwargs:
+    added = _other_operand(total, "add", result)
+    if added is None or not _is_plain(added):
         return None, result
-    others = [arg for arg in total.args if arg is not result]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or not _is_plain(others[0]):
-        return None, result
-    values = [value_of(one) for one in (result, others[0], total)]
+    values = [value_of(one) for one in (result, added, total)]
     alike = {(tuple(value.shape), value.dtype, value.device) for value in values}
-    return (others[0], total) if len(alike) == 1 else (None, result)
+    return (added, total) if len(alike) == 1 else (None, result)
+
+
+def _other_operand(node: fx.Node | None, name: str, one: fx.Node) -> fx.Node | None:
+    """The other node of an operation on two of them; None where ``node`` is no such operation."""
+    if node is None or op_name(node) != name or len(node.args) != 2 or node.kwargs:
+        return None
+    others = [arg for arg in node.args if arg is not one]
+    return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

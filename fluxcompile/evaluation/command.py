@@ -142,6 +142,7 @@ def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int]
 
 
 def _lines(console: Console, name: str, total: int) -> Callable[[int], None]:
+    """What counts prompts, and prints a line whenever another tenth of ``total`` is done."""
     started, done = time.perf_counter(), 0
 
     def advance(n: int) -> None:

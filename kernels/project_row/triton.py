@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-from fluxcompile.kernels.launch import overlaps
+from fluxcompile.kernels.launch import overlaps, unit_stride
 from fluxcompile.kernels.project_row.op import outputs
 
 
@@ -136,7 +136,7 @@ def project_row(
     inputs = x.shape[-1]
     config = config or choose_config(inputs, gated)
     y = x.new_empty(*x.shape[:-1], outputs(weights, gated))
-    weights = [weight if weight.stride(1) == 1 else weight.contiguous() for weight in weights]
+    weights = list(map(unit_stride, weights))
     of_three = [*weights, *[weights[0]] * (3 - len(weights))]
     bias_of_three = [*(bias.contiguous() for bias in biases), *[x] * (3 - len(biases))]
     rows = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))

@@ -65,7 +65,7 @@ def test_norm_and_three_projections_are_one(form):
     assert not counts["rsqrt"] + counts["rms_norm"] + counts["linear"]
 
 
-def test_a_whole_block_is_four():
+def test_a_whole_block():
     norms, q, k, v, o = (Norm(), Norm()), linear(), linear(16), linear(16), linear()
     gate, up, down = linear(INNER), linear(INNER), linear(WIDTH, INNER)
 

@@ -454,7 +454,7 @@ def composed(draw):
     }
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(composed())
 def test_random_compositions(case):
     def attend(q, k, v, m):
