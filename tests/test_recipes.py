@@ -21,7 +21,7 @@ FILE = FOLDER / "recipes" / "smollm2.json"
 NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
     "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "triangle",
-    "triangle-0.7", "triangle-0.65", "triangle-0.85", "triangle-32", "longer",
+    "triangle-0.7", "triangle-0.6", "triangle-0.85", "triangle-32", "longer",
     "longer-8k", "longer-24", "longer-0.65", "longer-sure", "longer-prefix", "long-24", "batch-24",
 )  # fmt: skip
 
@@ -158,7 +158,7 @@ def test_what_the_recipes_say(recipes, monkeypatch, tmp_path):
     assert of("batch-24")["training"].batch_size == 24
     targets = {name: of(name)["tasks"]["retrieval"] for name in NAMES if "triangle" in name}
     assert targets == {
-        "triangle": 0.75, "triangle-0.65": 0.65, "triangle-0.7": 0.7, "triangle-0.85": 0.85,
+        "triangle": 0.75, "triangle-0.6": 0.6, "triangle-0.7": 0.7, "triangle-0.85": 0.85,
         "triangle-32": 0.75,
     }  # fmt: skip
     assert (of("triangle")["config"].last, of("triangle-32")["config"].last) == (128, 32)
