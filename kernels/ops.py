@@ -30,7 +30,7 @@ from fluxcompile.kernels.host_flag.op import await_flag, send_flag
 from fluxcompile.kernels.masks import flags, key_masks
 from fluxcompile.kernels.materialize import materialize
 from fluxcompile.kernels.power.op import power_attention
-from fluxcompile.kernels.project_row.op import project_row
+from fluxcompile.kernels.project_rows.op import project_rows
 from fluxcompile.kernels.registry import KEY_MASK, attention_fake, register
 from fluxcompile.kernels.ring.op import agree, growing_cache, ring_cache
 from fluxcompile.kernels.router.op import route_features, route_rows
@@ -50,7 +50,7 @@ __all__ = [
     "mask_bounds",
     "materialize",
     "power_attention",
-    "project_row",
+    "project_rows",
     "read_mask",
     "ring_cache",
     "route_features",

@@ -1,14 +1,14 @@
-"""Launch the linear layers of a single token together with what stands around them.
+"""Launch the linear layers of a few tokens together with what stands around them.
 
 ======  =======================================================================================
 before  ``y = norm(x); q, k, v = Wq @ y, Wk @ y, Wv @ y``
-after   ``q, k, v = split(project_row(x, [Wq, Wk, Wv], norm))``
+after   ``q, k, v = parts(project_rows(x, [Wq, Wk, Wv], norm))``
 before  ``x + Wd @ (silu(Wg @ norm(x)) * (Wu @ norm(x)))``
-after   ``project_row(project_row(x, [Wg, Wu], norm, gated), [Wd], added=x)``
+after   ``project_rows(project_rows(x, [Wg, Wu], norm, gated), [Wd], added=x)``
 ======  =======================================================================================
 
-A token's product takes as long as its matrix takes to read, and a decode step is little else: what
-is left to gain are its launches, and the gaps between them.
+The product of a few tokens takes as long as its matrix takes to read, and a decode step is little
+else: what is left to gain are its launches, and the gaps between them.
 
 Legal because the operator computes the same sums, in fp32, and rounds less often.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fluxcompile.kernels.project_row.op import DTYPES, MAX_WEIGHTS
+from fluxcompile.kernels.project_rows.op import MAX_WEIGHTS, most_rows
 from fluxcompile.passes.emit import Emitter
 from fluxcompile.passes.graph_util import (
     argument,
@@ -64,10 +64,10 @@ class _Linear:
 
 
 def project_rows(gm: fx.GraphModule, devices: Collection[str] = ("cuda",)) -> int:
-    """Replace the linear layers that read one row; returns how many launches they then are."""
+    """Replace the linear layers that read a few rows; returns how many launches they then are."""
     by_input: dict[fx.Node, list[_Linear]] = {}
     for node in gm.graph.nodes:
-        if _reads_one_row(node, devices):
+        if _reads_few_rows(node, devices):
             linear = _Linear(node)
             by_input.setdefault(linear.x, []).append(linear)
     writer = _Writer(Emitter(gm))
@@ -82,10 +82,10 @@ class _Writer:
         self.launches = 0
 
     def replace(self, linears: list[_Linear]) -> None:
-        """Replace what reads one token."""
+        """Replace what reads the same rows."""
         x = linears[0].x
         if _may_change(x, *(linear.weight for linear in linears)):
-            return  # it may be another token, or matrix, for each of them
+            return  # they may be others, or other matrices, for each layer
         norm = _norm_for(x, linears)
         for gate, up, product in _gated(linears):
             linears = [linear for linear in linears if linear not in (gate, up)]
@@ -98,7 +98,7 @@ class _Writer:
                 if len(together) == 1:
                     self._write(together, norm, together[0].node)
                 else:
-                    self._write_side_by_side(together, norm)
+                    self._write_in_a_row(together, norm)
         erase_dead(x)
 
     def _write(
@@ -107,22 +107,26 @@ class _Writer:
         """One launch for ``result``, and for the sum that it may go into."""
         added, total = _residual(result)
         with self.emitter.graph.inserting_before(total):
-            row = self._call(linears, norm, added, gated, value_of(total))
-        total.replace_all_uses_with(row)
+            rows = self._call(linears, norm, added, gated, value_of(total))
+        total.replace_all_uses_with(rows)
         erase_dead(total)
 
-    def _write_side_by_side(self, linears: list[_Linear], norm: RmsNorm | None) -> None:
+    def _write_in_a_row(self, linears: list[_Linear], norm: RmsNorm | None) -> None:
+        """One launch for several results, which lie one behind the other."""
         first = linears[0].node
-        features = [value_of(linear.node).shape[-1] for linear in linears]
-        value = value_of(first).new_empty((*value_of(first).shape[:-1], sum(features)))
+        shapes = [value_of(linear.node).shape for linear in linears]
+        value = value_of(first).new_empty(sum(map(math.prod, shapes)))
         with self.emitter.graph.inserting_before(first):
-            row = self._call(linears, norm, None, False, value)
+            rows = self._call(linears, norm, None, False, value)
             begin = 0
-            for linear, count in zip(linears, features, strict=True):
-                part = self.emitter.item(row, (..., slice(begin, begin + count)))
-                part.meta["example_value"] = value[..., begin : begin + count]
-                linear.node.replace_all_uses_with(part)
-                begin += count
+            for linear, shape in zip(linears, shapes, strict=True):
+                end = begin + math.prod(shape)
+                part = self.emitter.item(rows, slice(begin, end))
+                part.meta["example_value"] = value[begin:end]
+                result = self.emitter.method("view", part, tuple(shape))
+                result.meta["example_value"] = value[begin:end].view(shape)
+                linear.node.replace_all_uses_with(result)
+                begin = end
         for linear in linears:
             erase_dead(linear.node)
 
@@ -140,14 +144,14 @@ class _Writer:
             args = (linears[0].x, weights, biases, None, 0.0, added, gated)
         else:
             args = (norm.x, weights, biases, norm.weight, norm.eps, added, gated)
-        row = self.emitter.call(torch.ops.flux.project_row.default, args, like=linears[0].node)
-        row.meta["example_value"] = value
+        rows = self.emitter.call(torch.ops.flux.project_rows.default, args, like=linears[0].node)
+        rows.meta["example_value"] = value
         self.launches += 1
-        return row
+        return rows
 
 
-def _reads_one_row(node: fx.Node, devices: Collection[str]) -> bool:
-    """True for a linear layer of one token, with plain tensors of one dtype."""
+def _reads_few_rows(node: fx.Node, devices: Collection[str]) -> bool:
+    """True for a linear layer of a few rows, with plain tensors of one dtype."""
     if node.op != "call_function" or op_name(node) != "linear" or not is_tensor(node):
         return False
     linear = _Linear(node)
@@ -156,11 +160,13 @@ def _reads_one_row(node: fx.Node, devices: Collection[str]) -> bool:
         return False
     value, matrix = value_of(linear.x), value_of(linear.weight)
     kinds = {(value_of(one).dtype, value_of(one).device) for one in (node, *operands)}
-    if len(kinds) != 1 or value.dtype not in DTYPES or value.device.type not in devices:
+    if len(kinds) != 1 or value.device.type not in devices:
         return False
     if not all(as_expr(size).is_Integer for size in (*value.shape, *matrix.shape)):
         return False
-    if math.prod(value.shape[:-1]) != 1 or matrix.dim() != 2 or matrix.stride(1) != 1:
+    if not 1 <= math.prod(value.shape[:-1]) <= most_rows(value.dtype):
+        return False
+    if matrix.dim() != 2 or matrix.stride(1) != 1:
         return False
     return matrix.shape[1] % _ALIGNED == 0
 

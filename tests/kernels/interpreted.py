@@ -12,7 +12,8 @@ import torch
 
 from fluxcompile.kernels.decode.triton import Config as DecodeConfig
 from fluxcompile.kernels.host_flag import triton as flag_triton
-from fluxcompile.kernels.project_row import triton as row_triton
+from fluxcompile.kernels.project_rows import few_rows, one_row
+from fluxcompile.kernels.project_rows import triton as row_triton
 from fluxcompile.kernels.router import triton as router_triton
 from fluxcompile.kernels.streaming import cuda
 from fluxcompile.kernels.streaming.triton import Config
@@ -102,11 +103,18 @@ def test_router(shape):
     router_cases.check(router_triton.route_rows, router_cases.operands(*shape))
 
 
-@pytest.mark.parametrize("tiles", [None, row_triton.Config(2, 16, 1)], ids=["shipped", "tiles"])
+@pytest.mark.parametrize("tiles", [None, one_row.Config(2, 16, 1)], ids=["shipped", "tiles"])
 @pytest.mark.parametrize("case", row_cases.SMALL, ids=str)
-def test_project_row(case, tiles):
+def test_project_one_row(case, tiles):
     x = row_cases.operands(case)
-    row_cases.check(functools.partial(row_triton.project_row, config=tiles), x)
+    row_cases.check(functools.partial(row_triton.project_rows, config=tiles), x)
+
+
+@pytest.mark.parametrize("tiles", [None, few_rows.Config(16, 32, 1, 1)], ids=["shipped", "tiles"])
+@pytest.mark.parametrize("case", row_cases.FEW, ids=str)
+def test_project_few_rows(case, tiles):
+    x = row_cases.operands(case, torch.float16)
+    row_cases.check(functools.partial(row_triton.project_rows, config=tiles), x)
 
 
 def test_router_features():

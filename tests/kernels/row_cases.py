@@ -1,15 +1,15 @@
-"""Operands of ``flux::project_row`` and the error bound of its result."""
+"""Operands of ``flux::project_rows`` and the error bound of its result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fluxcompile.kernels.project_row.op import _cpu as definition
+from fluxcompile.kernels.project_rows.op import _cpu as definition
 
 
 @dataclass(frozen=True)
 class Case:
-    """Columns, rows of each matrix, and what happens around the product."""
+    """Columns, rows of each matrix, what happens around the product, and tokens."""
 
     inputs: int
     rows: tuple[int, ...]
@@ -17,10 +17,12 @@ class Case:
     norm: bool = False
     added: bool = False
     gated: bool = False
+    tokens: int = 1
 
     def __str__(self) -> str:
         flags = [name for name in ("bias", "norm", "added", "gated") if getattr(self, name)]
-        return "-".join([str(self.inputs), *map(str, self.rows), *flags])
+        tokens = f"{self.tokens}x{self.inputs}"
+        return "-".join([tokens, *map(str, self.rows), *flags])
 
 
 SMALL = (
@@ -31,6 +33,9 @@ SMALL = (
     Case(16, (6,), added=True),
     Case(24, (5, 5), gated=True),
     Case(24, (5, 5), bias=True, norm=True, added=True, gated=True),
+)
+FEW = tuple(
+    replace(case, tokens=tokens) for case, tokens in zip(SMALL, (2, 16, 3, 5, 7, 8, 9), strict=True)
 )
 LARGE = (
     Case(4096, (4096, 1024, 1024), norm=True),
@@ -43,6 +48,10 @@ LARGE = (
     Case(5000, (333,), bias=True, added=True),
     Case(8192, (77, 77), bias=True, gated=True, norm=True),
 )
+LARGE_FEW = tuple(
+    replace(case, tokens=tokens)
+    for case, tokens in zip(LARGE, (8, 8, 8, 8, 2, 16, 3, 5, 4), strict=True)
+)
 
 
 def operands(case: Case, dtype=torch.float32, device="cpu"):
@@ -53,14 +62,13 @@ def operands(case: Case, dtype=torch.float32, device="cpu"):
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
     weights = [random(n, case.inputs, scale=case.inputs**-0.5) for n in case.rows]
-    features = case.rows[0] if case.gated else sum(case.rows)
     return (
-        random(1, 1, case.inputs, scale=3.0),
+        random(case.tokens, 1, case.inputs, scale=3.0),
         weights,
         [random(n) for n in case.rows] if case.bias else [],
         1 + random(case.inputs, scale=0.2) if case.norm else None,
         1e-5,
-        random(1, 1, features) if case.added else None,
+        random(case.tokens, 1, case.rows[0]) if case.added else None,
         case.gated,
     )
 

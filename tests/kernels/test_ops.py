@@ -54,8 +54,8 @@ def calls():
             (*bare_step.operands[:4], None, None, 0.1, 0.0),
         ),
         "route_rows": (flux.route_rows.default, router_cases.operands(heads=3, width=16)),
-        "project_row": (
-            flux.project_row.default,
+        "project_rows": (
+            flux.project_rows.default,
             row_cases.operands(row_cases.Case(24, (5, 5), bias=True, norm=True, gated=True)),
         ),
         "route_features": (flux.route_features.default, router_cases.feature_operands()),

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
 from fluxcompile.kernels.host_flag import triton as flag_triton  # noqa: E402
-from fluxcompile.kernels.project_row import triton as row_triton  # noqa: E402
+from fluxcompile.kernels.project_rows import few_rows, one_row  # noqa: E402
 from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
 from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
 from fluxcompile.kernels.streaming.backward import triton as backward_triton  # noqa: E402
@@ -145,14 +145,25 @@ def test_router_compiles():
     compiled(flag_triton.flag_kernel, config, "u8", {"ANY": False, "BLOCK": 32})
 
 
+ROWS = {"HAS_BIAS": True, "HAS_NORM": True, "HAS_ADDED": True, "GATED": True, "OVERLAP": True}
+
+
 @pytest.mark.parametrize("element", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inputs", [576, 4096, 14336])
-def test_project_row_compiles(inputs, element):
-    tiles = row_triton.choose_config(inputs, gated=True)
-    constants = {
-        "IN": inputs, "ROWS": tiles.rows, "COLUMNS": tiles.columns,
-        "HAS_BIAS": True, "HAS_NORM": True, "HAS_ADDED": True, "GATED": True, "OVERLAP": True,
-    }  # fmt: skip
+def test_project_one_row_compiles(inputs, element):
+    tiles = one_row.choose_config(inputs, gated=True)
+    constants = {"IN": inputs, "ROWS": tiles.rows, "COLUMNS": tiles.columns, **ROWS}
     config = decode_triton.Config(0, tiles.num_warps, 1)
-    binary = compiled(row_triton.project_kernel, config, element, constants)
+    binary = compiled(one_row.one_row_kernel, config, element, constants)
     assert "ld.global.v4" in binary.asm["ptx"], "weights must be read 16 bytes at a time"
+
+
+@pytest.mark.parametrize("inputs", [576, pytest.param(14336, marks=pytest.mark.slow)])
+def test_project_few_rows_compiles(inputs):
+    tiles = few_rows.choose_config(inputs, gated=True)
+    constants = {"IN": inputs, "ROWS": tiles.rows, "COLUMNS": tiles.columns, **ROWS}
+    constants["BLOCK_M"] = few_rows.BLOCK_M
+    binary = compiled(few_rows.few_rows_kernel, tiles, "bf16", constants)
+    assert binary.metadata.shared <= SHARED_MEMORY
+    assert "mma" in binary.asm["ptx"]
+    assert "cp.async" in binary.asm["ptx"], "the next columns must be under way"

@@ -1,4 +1,4 @@
-"""Steps of one token whose linear layers run as ``flux::project_row``, as they do on a GPU."""
+"""Steps of one token whose linear layers run as ``flux::project_rows``, as they do on a GPU."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The linear layers of one token become few launches, which give what they gave."""
+"""The linear layers of few tokens become few launches, which give what they gave."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fluxcompile.passes.project_rows import project_rows
 
 from .graphs import op_counts, record
 
-ROW = "project_row.default"
+ROW = "project_rows.default"
 WIDTH, INNER = 32, 48
 
 
@@ -29,7 +29,7 @@ def linear(rows=WIDTH, columns=WIDTH, bias=False):
     return torch.nn.Linear(columns, rows, bias=bias)
 
 
-def projected(call, *inputs, devices=("cpu",)):
+def projected(call, *inputs, devices=("cpu",), tolerance=1e-5):
     """How many launches stand for the layers of ``call``, which still computes the same."""
     torch.manual_seed(0)
     recorded = record(call, *inputs)
@@ -41,7 +41,7 @@ def projected(call, *inputs, devices=("cpu",)):
         expected = call(*inputs)
     for got, value in zip(recorded.run(), expected, strict=True):
         assert got.shape == value.shape
-        torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, value, atol=tolerance, rtol=tolerance)
     return found, op_counts(recorded.gm)
 
 
@@ -79,6 +79,21 @@ def test_a_whole_block():
     found, counts = projected(block, token())
     assert found == 6, "q; o and its sum; gate and up; down and its sum; k; v"
     assert not counts["linear"] + counts["silu"]
+
+
+@pytest.mark.parametrize("shape", [(4, 1, WIDTH), (1, 8, WIDTH), (16, WIDTH)], ids=str)
+def test_several_rows_of_half_precision(shape):
+    """Each result is contiguous, as the model may want to view it."""
+    norm, q, k, o = (layer.bfloat16() for layer in (Norm(), linear(), linear(16), linear()))
+
+    def call(x):
+        y = norm(x)
+        query, key = q(y).view(-1, 4, 8), k(y).view(-1)
+        return x + o(query.view(x.shape)), key
+
+    found, counts = projected(call, token(*shape).bfloat16(), tolerance=3e-2)
+    assert found == 2
+    assert not counts["linear"] + counts["rsqrt"]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -180,9 +195,14 @@ def test_a_residual_stream_that_is_written_in_place():
     ("shape", "width"), [((1, 2, WIDTH), WIDTH), ((2, 1, WIDTH), WIDTH), ((1, 1, 20), 20)], ids=str
 )
 def test_left_alone(shape, width):
-    """Several rows; rows of a matrix that cannot be read 16 bytes at a time."""
+    """Several rows in fp32; rows of a matrix that cannot be read 16 bytes at a time."""
     layer = linear(8, width)
     assert projected(lambda x: (layer(x),), token(*shape))[0] == 0
+
+
+def test_too_many_rows_are_left_alone():
+    layer = linear().bfloat16()
+    assert projected(lambda x: (layer(x),), token(17, WIDTH).bfloat16())[0] == 0
 
 
 def test_other_devices_are_left_alone():

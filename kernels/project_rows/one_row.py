@@ -1,4 +1,4 @@
-"""One token's products with matrices in Triton: every program reads a few rows of a matrix once.
+"""One row's products with matrices in Triton: every program reads a few rows of a matrix once.
 
 The first columns are on their way before the program waits for the kernel that makes the token, so
 that the memory does not idle between two kernels.
@@ -8,14 +8,11 @@ Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, 
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-from fluxcompile.kernels.launch import overlaps, unit_stride
-from fluxcompile.kernels.project_row.op import outputs
+from fluxcompile.kernels.project_rows.matrices import matrix_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ def choose_config(inputs: int, gated: bool = False) -> Config:
 
 # A matrix of one row is no other kernel, and fewer matrices neither.
 @triton.jit(do_not_specialize=["n_0", "n_1", "n_2"])
-def project_kernel(
+def one_row_kernel(
     p_x, p_norm, p_added, p_y,
     p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2,
     n_0, n_1, n_2, stride_0, stride_1, stride_2, eps,
@@ -49,21 +46,15 @@ def project_kernel(
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr,
     GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A few features of the result; see :func:`fluxcompile.kernels.project_row.op.project_row`."""
+    """A few features; see :func:`fluxcompile.kernels.project_rows.op.project_rows`."""
     i_tile = tl.program_id(0)
     n_done = 0  # features of the matrices before this one
     p_w, p_bias, n_rows, stride = p_w0, p_bias0, n_0, stride_0
     if not GATED:
-        n_tiles = tl.cdiv(n_0, ROWS)
-        if i_tile >= n_tiles:
-            i_tile -= n_tiles
-            n_done += n_0
-            p_w, p_bias, n_rows, stride = p_w1, p_bias1, n_1, stride_1
-            n_tiles = tl.cdiv(n_1, ROWS)
-            if i_tile >= n_tiles:
-                i_tile -= n_tiles
-                n_done += n_1
-                p_w, p_bias, n_rows, stride = p_w2, p_bias2, n_2, stride_2
+        p_w, p_bias, n_rows, stride, i_tile, n_done = matrix_of(
+            i_tile, p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2, n_0, n_1, n_2,
+            stride_0, stride_1, stride_2, ROWS,
+        )  # fmt: skip
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < n_rows
     o_k = tl.arange(0, COLUMNS)
@@ -111,45 +102,3 @@ def project_kernel(
     if HAS_ADDED:
         b_y += tl.load(p_added + o_y, mask=m_row, other=0.0).to(tl.float32)
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_row)
-
-
-def project_row(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    norm: Tensor | None,
-    eps: float,
-    added: Tensor | None,
-    gated: bool,
-    config: Config | None = None,
-) -> Tensor:
-    """Launch the kernel.
-
-    Args:
-        x: ``[..., K]``; for the operands see
-            :func:`fluxcompile.kernels.project_row.op.project_row`.
-        config: None: chosen for the matrices' columns.
-
-    Returns:
-        ``[..., N]``.
-    """
-    inputs = x.shape[-1]
-    config = config or choose_config(inputs, gated)
-    y = x.new_empty(*x.shape[:-1], outputs(weights, gated))
-    weights = list(map(unit_stride, weights))
-    of_three = [*weights, *[weights[0]] * (3 - len(weights))]
-    bias_of_three = [*(bias.contiguous() for bias in biases), *[x] * (3 - len(biases))]
-    rows = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
-    tiles = sum(triton.cdiv(n, config.rows) for n in (rows[:1] if gated else rows))
-    overlap = overlaps(x.device)
-    with torch.cuda.device_of(x):
-        project_kernel[(tiles,)](
-            x.contiguous(), x if norm is None else norm.contiguous(),
-            x if added is None else added.contiguous(), y,
-            *of_three, *bias_of_three, *rows, *(weight.stride(0) for weight in of_three), eps,
-            IN=inputs, ROWS=config.rows, COLUMNS=config.columns,
-            HAS_BIAS=bool(biases), HAS_NORM=norm is not None, HAS_ADDED=added is not None,
-            GATED=gated, OVERLAP=overlap, num_warps=config.num_warps,
-            **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
-    return y

@@ -1,10 +1,11 @@
-"""``flux::project_row``: one token through the linear layers around attention.
+"""``flux::project_rows``: a few tokens through the linear layers around attention.
 
-A token's product with a matrix is nothing but reading the matrix. What keeps it from the memory's
-speed are launches: of each of several matrices that read the same token, of the norm before them,
-of the activation and the residual sum behind. Here they are one.
+To multiply a few tokens by a matrix takes as long as to read the matrix. What keeps it from the
+memory's speed are launches: of each of several matrices that read the same tokens, of the norm
+before them, of the activation and the residual sum behind. Here they are one.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,11 @@ from fluxcompile.kernels.dispatch import triton_module
 from fluxcompile.kernels.registry import register
 
 MAX_WEIGHTS = 3
+MAX_ROWS = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def project_row(
+def project_rows(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] = (),
@@ -28,26 +30,34 @@ def project_row(
     added: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """One token's products with up to three matrices, side by side; products in fp32.
+    """A few rows' products with up to three matrices; sums in fp32.
 
     Args:
-        x: ``[..., K]`` with all dimensions but the last of size 1; bf16, fp16 or fp32.
+        x: ``[..., K]`` of up to 16 rows in bf16 or fp16, or one row in fp32.
         weights: ``[N_i, K]`` each, rows contiguous, in x's dtype.
         biases: ``[N_i]`` for each matrix, or none at all.
         norm: ``[K]``, the weight of an RMS norm that x passes first.
         eps: the norm's, inside its root.
-        added: ``[..., N]``, added to the result.
+        added: ``[..., N_0]``, added to the result of a single matrix, or of a gated pair.
         gated: of two matrices, the first one's result passes SiLU and scales the second one's.
 
     Returns:
-        ``[..., N]``, N being the sum of all ``N_i``, or ``N_0`` if ``gated``.
+        ``[..., N_0]`` of a single matrix or a gated pair. Of several matrices one vector: their
+        results, ``[..., N_i]`` each and contiguous, one behind the other.
     """
-    return torch.ops.flux.project_row(x, list(weights), list(biases), norm, eps, added, gated)
+    return torch.ops.flux.project_rows(x, list(weights), list(biases), norm, eps, added, gated)
 
 
-def outputs(weights: Sequence[Tensor], gated: bool) -> int:
-    """Features of the result."""
-    return weights[0].shape[0] if gated else sum(weight.shape[0] for weight in weights)
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows that the operator takes at once; 0: none."""
+    return 1 if dtype == torch.float32 else MAX_ROWS if dtype in DTYPES else 0
+
+
+def result_shape(x: Tensor, weights: Sequence[Tensor], gated: bool) -> tuple[int, ...]:
+    """Of the result."""
+    if gated or len(weights) == 1:
+        return (*x.shape[:-1], weights[0].shape[0])
+    return (math.prod(x.shape[:-1]) * sum(weight.shape[0] for weight in weights),)
 
 
 def _cpu(x, weights, biases, norm, eps, added, gated):
@@ -58,22 +68,24 @@ def _cpu(x, weights, biases, norm, eps, added, gated):
         functional.linear(x, weight, biases[i] if biases else None)
         for i, weight in enumerate(weights)
     ]
-    y = functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, -1)
+    if len(parts) > 1 and not gated:
+        return torch.cat([part.flatten() for part in parts])
+    y = functional.silu(parts[0]) * parts[1] if gated else parts[0]
     return y if added is None else added + y
 
 
 def _cuda(*operands):
-    return triton_module("project_row").project_row(*operands)
+    return triton_module("project_rows").project_rows(*operands)
 
 
 def _fake(x, weights, biases, norm, eps, added, gated):
-    return x.new_empty((*x.shape[:-1], outputs(weights, gated)))
+    return x.new_empty(result_shape(x, weights, gated))
 
 
 def _check(x, weights, biases, norm, eps, added, gated):
-    if x.dim() < 1 or any(size != 1 for size in x.shape[:-1]) or x.dtype not in DTYPES:
-        got = f"{x.dtype} {list(x.shape)}"
-        raise KernelError.mismatch("x", "one row [1, ..., K] of bf16, fp16 or fp32", got)
+    if x.dim() < 1 or math.prod(x.shape[:-1]) not in range(1, most_rows(x.dtype) + 1):
+        expected = f"[..., K] of 1 to {MAX_ROWS} rows of bf16 or fp16, or one of fp32"
+        raise KernelError.mismatch("x", expected, f"{x.dtype} {list(x.shape)}")
     if not 1 <= len(weights) <= MAX_WEIGHTS or (gated and len(weights) != 2):
         expected = "two when gated" if gated else f"1 to {MAX_WEIGHTS}"
         raise KernelError.mismatch("weights", expected, len(weights))
@@ -88,7 +100,9 @@ def _check(x, weights, biases, norm, eps, added, gated):
     if norm is not None:
         due.append(("norm", norm, (inputs,)))
     if added is not None:
-        due.append(("added", added, (*x.shape[:-1], outputs(weights, gated))))
+        if len(weights) > 1 and not gated:
+            raise KernelError.mismatch("weights with `added`", "one, or two gated", len(weights))
+        due.append(("added", added, result_shape(x, weights, gated)))
     for name, operand, shape in due:
         if tuple(operand.shape) != shape or operand.dtype != x.dtype:
             got = f"{operand.dtype} {list(operand.shape)}"
@@ -96,7 +110,7 @@ def _check(x, weights, biases, norm, eps, added, gated):
 
 
 register(
-    "project_row",
+    "project_rows",
     "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? norm, float eps, Tensor? added, "
     "bool gated) -> Tensor",
     check=_check,

@@ -1,1 +1,0 @@
-"""The linear layers of a single token."""

@@ -1,0 +1,93 @@
+"""2 to 16 rows' products with matrices in Triton, on tensor cores.
+
+Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, ``n_`` count;
+``M`` rows of the input, padded to :data:`BLOCK_M`.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+from fluxcompile.kernels.project_rows.matrices import matrix_of
+
+BLOCK_M = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows of a matrix a program, columns a step, warps, steps under way."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_config(inputs: int, gated: bool = False) -> Config:
+    """For matrices with ``inputs`` columns."""
+    columns = min(256, max(16, triton.next_power_of_2(inputs) // 2))
+    return Config(16, columns, 4, 4)
+
+
+@triton.jit(do_not_specialize=["n_m", "n_0", "n_1", "n_2"])
+def few_rows_kernel(
+    p_x, p_norm, p_added, p_y,
+    p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2,
+    n_0, n_1, n_2, stride_0, stride_1, stride_2, eps, n_m,
+    IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr,
+    GATED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A few features of all rows; see :func:`~fluxcompile.kernels.project_rows.op.project_rows`."""
+    i_tile = tl.program_id(0)
+    n_done = 0
+    p_w, p_bias, n_rows, stride = p_w0, p_bias0, n_0, stride_0
+    if not GATED:
+        p_w, p_bias, n_rows, stride, i_tile, n_done = matrix_of(
+            i_tile, p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2, n_0, n_1, n_2,
+            stride_0, stride_1, stride_2, ROWS,
+        )  # fmt: skip
+    o_row = i_tile * ROWS + tl.arange(0, ROWS)
+    o_m = tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, COLUMNS)
+    m_row, m_m = o_row < n_rows, o_m < n_m
+    p_w += o_row[:, None].to(tl.int64) * stride + o_k[None, :]
+    p_up = p_w1 + o_row[:, None].to(tl.int64) * stride_1 + o_k[None, :]
+    p_x += o_m[:, None] * IN + o_k[None, :]
+    if OVERLAP:
+        tl_cuda.gdc_wait()  # until the rows have been written
+    b_y = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    b_other = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    b_squares = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, IN, COLUMNS):
+        m_k = o_k < IN - i
+        m_w = m_row[:, None] & m_k[None, :]
+        b_w = tl.load(p_w + i, mask=m_w, other=0.0)
+        if GATED:
+            b_up = tl.load(p_up + i, mask=m_w, other=0.0)
+        b_x = tl.load(p_x + i, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        if HAS_NORM:
+            b_float = b_x.to(tl.float32)
+            b_squares += tl.sum(b_float * b_float, 1)
+            b_norm = tl.load(p_norm + i + o_k, mask=m_k, other=0.0)
+            b_x = (b_float * b_norm.to(tl.float32)[None, :]).to(b_x.dtype)
+        b_y = tl.dot(b_w, tl.trans(b_x), b_y)
+        if GATED:
+            b_other = tl.dot(b_up, tl.trans(b_x), b_other)
+    if HAS_NORM:
+        b_scale = tl.rsqrt(b_squares / IN + eps)
+        b_y *= b_scale[None, :]
+        b_other *= b_scale[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_row, mask=m_row, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if HAS_BIAS:
+            b_other += tl.load(p_bias1 + o_row, mask=m_row, other=0.0).to(tl.float32)[:, None]
+        b_y = b_y / (1.0 + tl.exp(-b_y)) * b_other
+    o_y = n_done * n_m + o_m[None, :] * n_rows + o_row[:, None]
+    m_y = m_row[:, None] & m_m[None, :]
+    if HAS_ADDED:
+        b_y += tl.load(p_added + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
