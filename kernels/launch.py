@@ -5,6 +5,7 @@ No data of a device is read, and no Triton imported.
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ def score_scales(scale: float, softcap: float) -> tuple[float, float]:
     if softcap:
         return _LOG2_E, 2.0 * _LOG2_E * scale / softcap
     return _LOG2_E * scale, 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device has; the shared memory is what one program may take, in bytes."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+H100 = Limits(132, 227 * 1024)
+
+
+@functools.cache
+def limits_of(device: torch.device) -> Limits:
+    """Of a GPU; the interpreter goes by an H100's."""
+    if device.type != "cuda":
+        return H100
+    has = torch.cuda.get_device_properties(device)
+    return Limits(has.multi_processor_count, has.shared_memory_per_block_optin)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fluxcompile.kernels.launch import overlaps, unit_stride
+from fluxcompile.kernels.launch import limits_of, overlaps, unit_stride
 from fluxcompile.kernels.project_rows import few_rows, one_row
 from fluxcompile.kernels.project_rows.op import result_shape
 
@@ -26,7 +26,7 @@ def project_rows(
     Args:
         x: ``[..., K]``; for the operands see
             :func:`fluxcompile.kernels.project_rows.op.project_rows`.
-        config: None: chosen for the matrices' columns.
+        config: None: chosen for the matrices.
 
     Returns:
         As the operator does.
@@ -34,18 +34,19 @@ def project_rows(
     inputs = x.shape[-1]
     rows = x.numel() // inputs
     y = x.new_empty(result_shape(x, weights, gated))
-    kernels = one_row if rows == 1 else few_rows
-    config = config or kernels.choose_config(inputs, gated)
-    launch: dict[str, Any] = {"num_warps": config.num_warps}
+    features = [weight.shape[0] for weight in weights]
+    launch: dict[str, Any] = {}
     if rows == 1:
         kernel, more = one_row.one_row_kernel, ()
+        config = config or one_row.choose_config(inputs, gated)
     else:
         kernel, more = few_rows.few_rows_kernel, (rows,)
-        launch |= {"num_stages": config.num_stages, "BLOCK_M": few_rows.BLOCK_M}
+        config = config or few_rows.choose_config(inputs, features, gated, limits_of(x.device))
+        launch = {"num_stages": config.num_stages, "BLOCK_M": few_rows.BLOCK_M}
     weights = list(map(unit_stride, weights))
     of_three = [*weights, *[weights[0]] * (3 - len(weights))]
     bias_of_three = [*(bias.contiguous() for bias in biases), *[x] * (3 - len(biases))]
-    features = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
+    features += [0] * (3 - len(features))
     tiles = sum(triton.cdiv(n, config.rows) for n in (features[:1] if gated else features))
     overlap = overlaps(x.device)
     if overlap:
@@ -57,6 +58,6 @@ def project_rows(
             *of_three, *bias_of_three, *features, *(w.stride(0) for w in of_three), eps, *more,
             IN=inputs, ROWS=config.rows, COLUMNS=config.columns,
             HAS_BIAS=bool(biases), HAS_NORM=norm is not None, HAS_ADDED=added is not None,
-            GATED=gated, OVERLAP=overlap, **launch,
+            GATED=gated, OVERLAP=overlap, num_warps=config.num_warps, **launch,
         )  # fmt: skip
     return y

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fluxcompile.kernels.decode import triton as decode_triton  # noqa: E402
 from fluxcompile.kernels.host_flag import triton as flag_triton  # noqa: E402
+from fluxcompile.kernels.launch import Limits  # noqa: E402
 from fluxcompile.kernels.project_rows import few_rows, one_row  # noqa: E402
 from fluxcompile.kernels.router import triton as router_triton  # noqa: E402
 from fluxcompile.kernels.streaming import triton as streaming_triton  # noqa: E402
@@ -158,12 +159,38 @@ def test_project_one_row_compiles(inputs, element):
     assert "ld.global.v4" in binary.asm["ptx"], "weights must be read 16 bytes at a time"
 
 
-@pytest.mark.parametrize("inputs", [576, pytest.param(14336, marks=pytest.mark.slow)])
-def test_project_few_rows_compiles(inputs):
-    tiles = few_rows.choose_config(inputs, gated=True)
+# (columns, rows of each matrix, gated) -> rows of a tile, columns a step, warps, stages
+FEW_ROWS = {
+    (4096, (4096, 1024, 1024), False): (64, 128, 8, 5),
+    (4096, (4096,), False): (32, 256, 4, 5),
+    (4096, (14336, 14336), True): (64, 128, 8, 4),
+    (14336, (4096,), False): (32, 256, 4, 5),
+    (576, (1536, 1536), True): (32, 256, 4, 4),
+    (2048, (128256,), False): (64, 128, 8, 5),
+}
+
+
+@pytest.mark.parametrize("element", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shapes", FEW_ROWS, ids=str)
+def test_project_few_rows_compiles(shapes, element):
+    inputs, _, gated = shapes
+    tiles = few_rows.choose_config(*shapes)
+    assert tiles == few_rows.Config(*FEW_ROWS[shapes])
     constants = {"IN": inputs, "ROWS": tiles.rows, "COLUMNS": tiles.columns, **ROWS}
-    constants["BLOCK_M"] = few_rows.BLOCK_M
-    binary = compiled(few_rows.few_rows_kernel, tiles, "bf16", constants)
+    constants |= {"BLOCK_M": few_rows.BLOCK_M, "GATED": gated}
+    binary = compiled(few_rows.few_rows_kernel, tiles, element, constants)
     assert binary.metadata.shared <= SHARED_MEMORY
     assert "mma" in binary.asm["ptx"]
     assert "cp.async" in binary.asm["ptx"], "the next columns must be under way"
+
+
+@pytest.mark.parametrize("kilobytes", [63, 99, 163])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("features", [512, 65536])
+def test_few_rows_of_a_small_gpu(features, gated, kilobytes):
+    """Fewer columns are under way where a program has less shared memory than on Hopper."""
+    room = Limits(multiprocessors=40, shared_memory=kilobytes * 1024)
+    tiles = few_rows.choose_config(4096, (features, features), gated, room)
+    bytes_a_stage = 2 * tiles.columns * (tiles.rows * (1 + gated) + few_rows.BLOCK_M)
+    assert tiles.num_stages >= 1
+    assert tiles.num_stages * bytes_a_stage < room.shared_memory
