@@ -84,7 +84,7 @@ class _Writer:
     def replace(self, linears: list[_Linear]) -> None:
         """Replace what reads the same rows."""
         x = linears[0].x
-        if _may_change(x, *(linear.weight for linear in linears)):
+        if _may_change(x, *(one for linear in linears for one in linear.parameters)):
             return  # they may be others, or other matrices, for each layer
         norm = _norm_for(x, linears)
         for gate, up, product in _gated(linears):

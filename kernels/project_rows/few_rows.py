@@ -52,9 +52,13 @@ def few_rows_kernel(
     n_0, n_1, n_2, stride_0, stride_1, stride_2, eps, n_m,
     IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr,
-    GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, SCALE_FIRST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A few features of all rows; see :func:`~fluxcompile.kernels.project_rows.op.project_rows`."""
+    """A few features of all rows; see :func:`~fluxcompile.kernels.project_rows.op.project_rows`.
+
+    The norm's scale of a row is known after its last column, and applied to the sums. Rows whose
+    dtype could not hold unscaled values are read once before, for the scale alone.
+    """
     i_tile = tl.program_id(0)
     n_done = 0
     p_w, p_bias, n_rows, stride = p_w0, p_bias0, n_0, stride_0
@@ -75,6 +79,12 @@ def few_rows_kernel(
     b_y = tl.zeros([ROWS, BLOCK_M], tl.float32)
     b_other = tl.zeros([ROWS, BLOCK_M], tl.float32)
     b_squares = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_NORM and SCALE_FIRST:
+        for i in range(0, IN, COLUMNS):
+            m_x = m_m[:, None] & (o_k < IN - i)[None, :]
+            b_float = tl.load(p_x + i, mask=m_x, other=0.0).to(tl.float32)
+            b_squares += tl.sum(b_float * b_float, 1)
+        b_scale = tl.rsqrt(b_squares / IN + eps)
     for i in range(0, IN, COLUMNS):
         m_k = o_k < IN - i
         m_w = m_row[:, None] & m_k[None, :]
@@ -84,13 +94,16 @@ def few_rows_kernel(
         b_x = tl.load(p_x + i, mask=m_m[:, None] & m_k[None, :], other=0.0)
         if HAS_NORM:
             b_float = b_x.to(tl.float32)
-            b_squares += tl.sum(b_float * b_float, 1)
+            if SCALE_FIRST:
+                b_float *= b_scale[:, None]
+            else:
+                b_squares += tl.sum(b_float * b_float, 1)
             b_norm = tl.load(p_norm + i + o_k, mask=m_k, other=0.0)
             b_x = (b_float * b_norm.to(tl.float32)[None, :]).to(b_x.dtype)
         b_y = tl.dot(b_w, tl.trans(b_x), b_y)
         if GATED:
             b_other = tl.dot(b_up, tl.trans(b_x), b_other)
-    if HAS_NORM:
+    if HAS_NORM and not SCALE_FIRST:
         b_scale = tl.rsqrt(b_squares / IN + eps)
         b_y *= b_scale[None, :]
         b_other *= b_scale[None, :]

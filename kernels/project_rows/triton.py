@@ -43,6 +43,7 @@ def project_rows(
         kernel, more = few_rows.few_rows_kernel, (rows,)
         config = config or few_rows.choose_config(inputs, features, gated, limits_of(x.device))
         launch = {"num_stages": config.num_stages, "BLOCK_M": few_rows.BLOCK_M}
+        launch["SCALE_FIRST"] = x.dtype == torch.float16
     weights = list(map(unit_stride, weights))
     of_three = [*weights, *[weights[0]] * (3 - len(weights))]
     bias_of_three = [*(bias.contiguous() for bias in biases), *[x] * (3 - len(biases))]

@@ -111,10 +111,18 @@ def test_project_one_row(case, tiles):
 
 
 @pytest.mark.parametrize("tiles", [None, few_rows.Config(16, 32, 1, 1)], ids=["shipped", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=cases.name)
 @pytest.mark.parametrize("case", row_cases.FEW, ids=str)
-def test_project_few_rows(case, tiles):
-    x = row_cases.operands(case, torch.float16)
+def test_project_few_rows(case, dtype, tiles):
+    x = row_cases.operands(case, dtype)
     row_cases.check(functools.partial(row_triton.project_rows, config=tiles), x)
+
+
+def test_project_few_large_rows():
+    """Rows times the norm's weight are beyond fp16's range; normed rows are not."""
+    x, weights, biases, norm, *rest = row_cases.operands(row_cases.FEW[2], torch.float16)
+    x = 4000 * x
+    row_cases.check(row_triton.project_rows, (x, weights, biases, 12 * norm, *rest))
 
 
 def test_router_features():

@@ -177,7 +177,7 @@ def test_project_few_rows_compiles(shapes, element):
     tiles = few_rows.choose_config(*shapes)
     assert tiles == few_rows.Config(*FEW_ROWS[shapes])
     constants = {"IN": inputs, "ROWS": tiles.rows, "COLUMNS": tiles.columns, **ROWS}
-    constants |= {"BLOCK_M": few_rows.BLOCK_M, "GATED": gated}
+    constants |= {"BLOCK_M": few_rows.BLOCK_M, "GATED": gated, "SCALE_FIRST": element == "fp16"}
     binary = compiled(few_rows.few_rows_kernel, tiles, element, constants)
     assert binary.metadata.shared <= SHARED_MEMORY
     assert "mma" in binary.asm["ptx"]
