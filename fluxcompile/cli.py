@@ -252,6 +252,64 @@ def convert(
 
 
 @app.command()
+def retarget(
+    source: Annotated[
+        Path, typer.Argument(help="A trained router's folder, or a packaged router's name.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the router.")],
+    task: Annotated[
+        list[str], typer.Option(help="NAME=SHARE of layers to be sparse on a task; repeatable.")
+    ],
+    model: Annotated[
+        str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')
+    ] = "smollm2",
+    data: Annotated[
+        str,
+        typer.Option(help='"builtin", or a JSONL file: "task" and "text", "messages" or tokens.'),
+    ] = "builtin",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a built-in example.")] = 4096,
+    examples: Annotated[int, typer.Option(min=1, help="Built-in examples.")] = 96,
+    seed: Annotated[int, typer.Option(help="Of built-in examples.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a call.")] = 4,
+    mixture: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of any other argument of builtin_mixture; repeatable."),
+    ] = None,
+    lowering: Annotated[
+        Lowering, typer.Option(help="What compiles the graphs.")
+    ] = Lowering.INDUCTOR,
+    regional: Annotated[
+        bool, typer.Option("--regional", help="Compile layers one by one, equal ones once.")
+    ] = False,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Move a trained router to other shares of sparse attention, without training it again."""
+    from fluxcompile.training import command
+
+    with _errors_told():
+        reached = command.retarget(
+            source,
+            output,
+            model=model,
+            tasks=task,
+            data=data,
+            length=length,
+            examples=examples,
+            seed=seed,
+            batch=batch,
+            mixture=mixture or (),
+            lowering=lowering.value,
+            regional=regional,
+            device=device,
+            dtype=dtype.value if dtype else None,
+        )
+    for name, share in reached.items():
+        typer.echo(f"{name}: {share:.3f} of the layers sparse")
+    typer.echo(f"router: {output}")
+
+
+@app.command()
 def explain(
     model: Annotated[
         str, typer.Argument(help='"smollm2", a directory, or a model on the Hub.')

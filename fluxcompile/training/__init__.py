@@ -17,6 +17,7 @@ _HOMES = {
     "prepare": "examples",
     "random_routes": "baselines",
     "resolve_tasks": "tasks",
+    "retarget_router": "retarget",
     "train_router": "train",
 }
 
@@ -31,6 +32,7 @@ __all__ = [
     "prepare",
     "random_routes",
     "resolve_tasks",
+    "retarget_router",
     "train_router",
 ]
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
     from fluxcompile.training.data import builtin_mixture
     from fluxcompile.training.examples import prepare
+    from fluxcompile.training.retarget import retarget_router
     from fluxcompile.training.tasks import Task, resolve_tasks
     from fluxcompile.training.train import train_router
 

@@ -1,8 +1,8 @@
-"""``fluxcompile train`` and ``fluxcompile convert``: paths and words in, a router directory out."""
+"""``fluxcompile train``, ``retarget``, ``convert``: paths and words in, a router's folder out."""
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,21 @@ from fluxcompile import router_io
 from fluxcompile.atomic import write_all
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import ConfigError, DataError, TrainingError
+from fluxcompile.packaged import packaged_directory
 from fluxcompile.router import FluxRouter
 
 SMOLLM2 = "smollm2"
 BUILT_IN = "builtin"
 _BIASED = """
 After training, {bias:+g} was added to every layer's logit of full attention.
+"""
+_RETARGETED = """
+After training, a threshold was chosen for each layer on {rows}, towards these
+shares of sparse attention:
+
+| task | wanted | reached there |
+|---|---|---|
+{lines}
 """
 _MIXTURE = {"length", "seed", "tasks", "question", "style", "loss", "lead"}
 
@@ -62,36 +71,25 @@ def train(
     Raises:
         FluxError: whatever is wrong with any of them.
     """
-    from fluxcompile.training.data import builtin_mixture
     from fluxcompile.training.train import train_router
 
     known = {name: value for name, value in arguments.items() if value is not None}
     known |= _pairs("--set", settings)
     targets = _pairs("--task", tasks)
     fields = {"sink": sink, "local": local} | _pairs("--config", config)
-    recipe = {"length": length} | _pairs("--mixture", mixture)
+    count = examples or max(64, 2 * known.get("batch_size", 48))
+    given = _pairs("--mixture", mixture)
+    recipe = {"seed": known.get("seed", 0), "examples": count, "length": length} | given
     flux_config = FluxConfig.from_dict(fields)
-    if unknown := sorted(set(recipe) - _MIXTURE):
-        raise ConfigError.mismatch("--mixture", f"any of {sorted(_MIXTURE)}", unknown)
+    _check_data(data, given)
     cpu = cpu or not torch.cuda.is_available()
-    if data != BUILT_IN and not Path(data).is_file():
-        raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
-    card = {"trained_on": f"rows of `{Path(data).name}`"}
+    card = {}
     if model == SMOLLM2:
         from fluxcompile import smollm2
 
         card["trained_against"] = smollm2.WEIGHTS
     loaded, tokenizer = load_model(model, dtype or ("float32" if cpu else "bfloat16"))
-    if data == BUILT_IN:
-        if tokenizer is None:
-            raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
-        count = examples or max(64, 2 * known.get("batch_size", 48))
-        recipe = {"seed": known.get("seed", 0), "examples": count} | recipe
-        rows = builtin_mixture(tokenizer, **recipe)
-        words = ", ".join(f"{name}={value!r}" for name, value in recipe.items())
-        card["trained_on"] = f"`builtin_mixture({words})` of Python {platform.python_version()}"
-    else:
-        rows = read_jsonl(Path(data))
+    rows, card["trained_on"] = _rows(data, recipe, model, tokenizer)
     return train_router(
         loaded,
         rows,
@@ -102,6 +100,70 @@ def train(
         model_card_kwargs=card,
         **{"use_cpu": cpu} | known,
     )
+
+
+def retarget(
+    source: Path,
+    output: Path,
+    *,
+    model: str,
+    tasks: Sequence[str],
+    data: str,
+    length: int,
+    examples: int,
+    seed: int,
+    batch: int,
+    mixture: Sequence[str],
+    lowering: str,
+    regional: bool,
+    device: str | None,
+    dtype: str | None,
+) -> dict[str, float]:
+    """Save the router of ``source`` with thresholds for other shares of sparse attention.
+
+    Args:
+        source: a saved router, or a packaged one's name.
+        output: directory of the new router; its card is that of ``source``, and says what changed.
+        model, data, length, mixture, tasks: as :func:`train` takes them.
+        examples, seed: of a built-in mixture.
+        batch: examples at once.
+        lowering, regional: see :func:`fluxcompile.training.retarget_router`.
+        device: None: a GPU if there is one.
+        dtype: of the model; None: bfloat16 on a GPU, float32 on a CPU.
+
+    Returns:
+        The share of sparse attention that it reaches, by task.
+
+    Raises:
+        FluxError: whatever is wrong with any of them.
+    """
+    from fluxcompile.training.retarget import retarget_router
+
+    targets = _pairs("--task", tasks)
+    if not targets:
+        raise ConfigError.mismatch("--task", "NAME=SHARE at least once", "none")
+    given = _pairs("--mixture", mixture)
+    _check_data(data, given)
+    recipe = {"seed": seed, "examples": examples, "length": length} | given
+    router = FluxRouter.from_pretrained(source)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, tokenizer = load_model(model, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    rows, words = _rows(data, recipe, model, tokenizer)
+    moved, reached = retarget_router(
+        loaded.to(device),
+        router,
+        rows,
+        tasks=targets,
+        tokenizer=tokenizer,
+        batch_size=batch,
+        lowering=lowering,
+        regional=regional,
+    )
+    lines = "\n".join(
+        f"| {name} | {targets[name]} | {share:.3f} |" for name, share in reached.items()
+    )
+    _save(moved, source, output, said=_RETARGETED.format(rows=words, lines=lines))
+    return reached
 
 
 def convert(source: Path, output: Path, dtype: str = "float32", bias: float = 0.0) -> FluxRouter:
@@ -122,14 +184,47 @@ def convert(source: Path, output: Path, dtype: str = "float32", bias: float = 0.
     saved = router_io.is_saved_router(source)
     load = FluxRouter.from_pretrained if saved else FluxRouter.from_fluxattention
     router = load(source).biased(bias)
-    card, said = output / router_io.CARD_FILE, _BIASED.format(bias=bias).encode() if bias else b""
-    if saved and (source / router_io.CARD_FILE).is_file():
-        output.mkdir(parents=True, exist_ok=True)
-        write_all({card: (source / router_io.CARD_FILE).read_bytes() + said})
-    router.save_pretrained(output, dtype=getattr(torch, dtype))  # with a card if there is none
-    if not saved and not card.read_bytes().endswith(said):
-        write_all({card: card.read_bytes() + said})
+    _save(router, source, output, dtype, _BIASED.format(bias=bias) if bias else "")
     return router
+
+
+def _save(
+    router: FluxRouter, source: Path, output: Path, dtype: str = "float32", said: str = ""
+) -> None:
+    """Save what the router of ``source`` became; its card, or a new one, goes on with ``said``."""
+    folder = source if source.is_dir() else packaged_directory(source)
+    kept = None
+    if folder is not None and router_io.is_saved_router(folder):
+        file = folder / router_io.CARD_FILE
+        kept = file.read_bytes() if file.is_file() else None
+    router.save_pretrained(output, dtype=getattr(torch, dtype))  # with a card if there is none
+    card = output / router_io.CARD_FILE
+    text = card.read_bytes() if kept is None else kept
+    if kept is not None or not text.endswith(said.encode()):
+        write_all({card: text + said.encode()})
+
+
+def _check_data(data: str, mixture: Mapping[str, Any]) -> None:
+    """Refuse what cannot be had, before a model is loaded for it."""
+    if unknown := sorted(set(mixture) - _MIXTURE):
+        raise ConfigError.mismatch("--mixture", f"any of {sorted(_MIXTURE)}", unknown)
+    if data != BUILT_IN and not Path(data).is_file():
+        raise DataError.mismatch("--data", f"{BUILT_IN!r} or a JSONL file", repr(data))
+
+
+def _rows(
+    data: str, recipe: Mapping[str, Any], model: str, tokenizer: Any
+) -> tuple[Iterable[Mapping[str, Any]], str]:
+    """The examples, and what they are, in Markdown."""
+    if data != BUILT_IN:
+        return read_jsonl(Path(data)), f"rows of `{Path(data).name}`"
+    from fluxcompile.training.data import builtin_mixture
+
+    if tokenizer is None:
+        raise TrainingError.mismatch(f"model {model!r}", "one with a tokenizer", "none")
+    words = ", ".join(f"{name}={value!r}" for name, value in recipe.items())
+    said = f"`builtin_mixture({words})` of Python {platform.python_version()}"
+    return builtin_mixture(tokenizer, **recipe), said
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""``fluxcompile train`` and ``convert``, from files to a router folder."""
+"""``fluxcompile train``, ``retarget`` and ``convert``, from files to a router folder."""
 
 import json
 
@@ -149,6 +149,25 @@ def test_convert_with_a_bias_says_so_on_the_card(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.endswith("\n\nAfter training, -0.5 was added to every layer's logit of full "
                          "attention.\n")  # fmt: skip
+
+
+def test_retarget_writes_a_router_and_says_so_on_the_card(files):
+    assert train(files).exit_code == 0
+    card = (files / "router" / "README.md").read_text()
+    arguments = (
+        "retarget", files / "router", files / "moved", "--model", files / "model",
+        "--data", files / "data.jsonl", "--lowering", "eager", "--device", "cpu",
+    )  # fmt: skip
+    assert run(*arguments, "--task", "retrieval").exit_code == 2
+    result = run(*arguments, "--task", "retrieval=1.0", "--task", "holistic=1.0")
+    assert result.exit_code == 0, result.output
+    assert "retrieval: 1.000 of the layers sparse" in result.output
+    router, moved = (FluxRouter.from_pretrained(files / name) for name in ("router", "moved"))
+    assert largest_difference(moved, router) > 0
+    moved_card = (files / "moved" / "README.md").read_text()
+    assert moved_card.startswith(card)
+    assert "on rows of `data.jsonl`" in moved_card
+    assert moved_card.endswith("| retrieval | 1.0 | 1.000 |\n| holistic | 1.0 | 1.000 |\n")
 
 
 def test_convert_in_place(tmp_path):

@@ -1,0 +1,127 @@
+"""``retarget_router``: a trained router's shares of sparse attention, moved by thresholds."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxcompile.errors import DataError
+from fluxcompile.layer_router import FULL
+from fluxcompile.model_layers import unwrap
+from fluxcompile.router import FluxRouter
+from fluxcompile.soft_routes import soft_routes
+from fluxcompile.training import backbone
+from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.tasks import resolve_tasks
+from fluxcompile.training.thresholds import choose_thresholds
+from fluxcompile.training.train import collator_for
+
+# Of a share, lest its logit be infinite: such a margin is beyond all doubt.
+_EDGE = 1e-7
+#: Times that thresholds are chosen: what a layer reads depends on the routes of those before it.
+ROUNDS = 2
+
+logger = logging.getLogger(__name__)
+
+
+def retarget_router(
+    model: nn.Module,
+    router: FluxRouter,
+    data: Iterable[Mapping[str, Any]],
+    *,
+    tasks: Mapping[str, float | str],
+    tokenizer: Any = None,
+    batch_size: int = 4,
+    max_length: int = 65536,
+    lowering: str = "inductor",
+    regional: bool = False,
+) -> tuple[FluxRouter, dict[str, float]]:
+    """Move a trained router to other shares of sparse attention, task by task, without training.
+
+    Every layer gets a threshold of its own, the same for all prompts: which prompt goes above it
+    is still for the router to say. Where :meth:`FluxRouter.biased` moves all layers and tasks
+    together, this asks for a share on each task.
+
+    Args:
+        model: a causal language model, not compiled; unchanged afterwards.
+        router: trained for ``model``, with a sparse mode that can be trained; unchanged.
+        data: as :func:`fluxcompile.train_router` takes it, some tens of examples of each task; only
+            what stands before an answer is read.
+        tasks: name → share of layers to be sparse, as there; here it is of the hard routes.
+        tokenizer: for data that is text.
+        batch_size: examples at once.
+        max_length: of an example, in tokens.
+        lowering: as the backend's option.
+        regional: compile decoder layers one by one, equal ones once.
+
+    Returns:
+        A new router, on the CPU; and the share of sparse attention that it reaches on the data, by
+        task. Shares cannot always be met: a layer may not tell two prompts apart.
+
+    Raises:
+        ConfigError: the router's sparse mode has no training graph.
+        DataError: data that cannot be used, or no example of a task in ``tasks``.
+        RouterError: ``router`` belongs to another model.
+        RewriteError: an attention that the compiler cannot route, and why.
+        TrainingError: ``model`` is compiled, or cannot be trained.
+    """
+    model = unwrap(model)
+    backbone.check_trainable(model)
+    router.check_model(model)
+    known = {name: task for name, task in resolve_tasks(tasks).items() if name in tasks}
+    shortest = router.config.sink + router.config.local + 1
+    examples = backbone.examples_for(model, data, tokenizer, known, shortest, max_length)
+    if missing := sorted(known.keys() - {example.task for example in examples}):
+        raise DataError.mismatch("data", f"examples of every task of {sorted(known)}", missing)
+    device = next(model.parameters()).device
+    moved = copy.deepcopy(router).to(device).eval().requires_grad_(False)
+    collate = collator_for(model, known)
+    batches = [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+    full = torch.tensor([1 - task.target for task in known.values()])
+    with backbone.attached(model, moved), backbone.frozen(model):
+        language_model = LanguageModel.of(model).checked(model)
+        how = {"lowering": lowering}
+        if regional:
+            run = backbone.Regions(model, language_model.body, moved, **how)
+        else:
+            run = backbone.compiled(language_model.body, moved, **how)
+        with backbone.compiler_settings(None):
+            for _ in range(ROUNDS):
+                margins, of_task, routed = _read(moved, batches, run)
+                _apply(moved, routed, choose_thresholds(margins, of_task, full))
+            margins, of_task, _ = _read(moved, batches, run)
+    sparse = (margins <= 0).double().mean(dim=1)
+    reached = {name: float(sparse[of_task == i_task].mean()) for i_task, name in enumerate(known)}
+    for name, task in known.items():
+        logger.info("%s: %.3f sparse, %.3f wanted", name, reached[name], task.target)
+    return moved.cpu().requires_grad_(True), reached
+
+
+@torch.no_grad()
+def _read(
+    router: FluxRouter, batches: Sequence[Mapping[str, Tensor]], run: Callable[..., Any]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Margins ``[N, L]`` under the router's own hard routes, tasks ``[N]``, and those L layers."""
+    margins, tasks = [], []
+    for batch in batches:
+        ids, mask, length = (
+            batch[name].to(next(router.parameters()).device)
+            for name in ("input_ids", "attention_mask", "prompt_length")
+        )
+        # At temperature 1 a share's logit is the margin; hard, the mixture is what inference does.
+        with soft_routes(router, prompt_length=length, hardness=1.0) as soft:
+            run(ids, attention_mask=mask, use_cache=False)
+        routed = soft.routed.nonzero().flatten().tolist()
+        margins.append(soft.shares()[:, routed].double().logit(eps=_EDGE).cpu())
+        tasks.append(batch["task_id"])
+    return torch.cat(margins), torch.cat(tasks), routed
+
+
+@torch.no_grad()
+def _apply(router: FluxRouter, layers: Sequence[int], thresholds: Tensor) -> None:
+    """Take what a margin must exceed from the logit of full attention."""
+    for i_layer, threshold in zip(layers, thresholds.tolist(), strict=True):
+        router.layers[i_layer].head[-1].bias[FULL] -= threshold
