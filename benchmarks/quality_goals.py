@@ -1,10 +1,10 @@
 """What a router is held to on SmolLM2-135M, and whether it gets there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fluxcompile.errors import DataError
-from fluxcompile.evaluation import Cell
+from fluxcompile.evaluation import Cell, Results
 from fluxcompile.evaluation.compare import (
     context_awareness,
     judged,
@@ -24,6 +24,18 @@ LOSS = 0.035  # over full attention's
 LOSS_OMEGA = 0.75
 AWARENESS = 0.2
 GAIN = 1e-3  # of full attention's quality: rounding in two compiles is no gain
+
+
+def _retrieval(full: Results) -> Results:
+    return {cell: full[cell] for cell in judged(full) if cell.kind == "retrieval"}
+
+
+def _losses(full: Results) -> Results:
+    return {cell: result for cell, result in full.items() if cell.metric == "loss"}
+
+
+def _of(results: Results, cells: Iterable[Cell]) -> Results:
+    return {cell: results[cell] for cell in cells}
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ class _Judge:
         return self._verdict(goal, estimate, None, least >= AWARENESS, note)
 
     def _static(self, statics: Sequence[StaticRun]) -> Verdict:
+        """On retrieval and loss; of in-context learning full attention knows too little here."""
         count = sparse_layers(self.results)
         goal = f"quality over the best static's at equal Ω: interval > {GAIN}"
         rivals = [
@@ -121,12 +134,18 @@ class _Judge:
         ]
         if not rivals:
             return self._verdict(goal, note=f"no static pattern of {count} sparse layers was run")
-        best = max(rivals, key=lambda rival: quality(rival.results, self.full).value)
-        found = quality_difference(self.results, best.results, self.full, seed=self.seed)
-        return self._verdict(
-            goal, found, omega(self.results), found.low > GAIN,
-            f"{best.name}, Ω {omega(best.results):.2f}",
-        )  # fmt: skip
+        of_kind = {"retrieval": _retrieval(self.full), "loss": _losses(self.full)}
+        full = of_kind["retrieval"] | of_kind["loss"]
+        best = max(rivals, key=lambda rival: quality(_of(rival.results, full), full).value)
+        ours, theirs = _of(self.results, full), _of(best.results, full)
+        found = quality_difference(ours, theirs, full, seed=self.seed)
+        words = [f"{best.name}, Ω {omega(best.results):.2f}"]
+        for name, cells in of_kind.items():
+            if cells:
+                ratios = [relative(run, self.full, cells).value for run in (ours, theirs)]
+                words.append(f"{name} {ratios[0] - ratios[1]:+.3f}")
+        note = ", ".join(words)
+        return self._verdict(goal, found, omega(self.results), found.low > GAIN, note)
 
     def _verdict(
         self,
