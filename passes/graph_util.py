@@ -65,6 +65,11 @@ def same_size(a: Any, b: Any) -> bool:
     return sympy.expand(as_expr(a) - as_expr(b)) == 0
 
 
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True where two tensors have provably one shape; adds no guard."""
+    return a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
+
+
 def hint(size: Any) -> int:
     """The size that this trace was made with; adds no guard."""
     size = value_of(size)

@@ -33,6 +33,7 @@ from fluxcompile.passes.graph_util import (
     is_tensor,
     memory_of,
     op_name,
+    same_shape,
     value_of,
 )
 from fluxcompile.passes.rms_norm import RmsNorm, rms_norm_of
@@ -114,21 +115,25 @@ class _Writer:
     def _write_in_a_row(self, linears: list[_Linear], norm: RmsNorm | None) -> None:
         """One launch for several results, which lie one behind the other."""
         first = linears[0].node
-        shapes = [value_of(linear.node).shape for linear in linears]
-        value = value_of(first).new_empty(sum(map(math.prod, shapes)))
+        sizes = [math.prod(value_of(linear.node).shape) for linear in linears]
+        value = value_of(first).new_empty(sum(sizes))
         with self.emitter.graph.inserting_before(first):
             rows = self._call(linears, norm, None, False, value)
             begin = 0
-            for linear, shape in zip(linears, shapes, strict=True):
-                end = begin + math.prod(shape)
-                part = self.emitter.item(rows, slice(begin, end))
-                part.meta["example_value"] = value[begin:end]
-                result = self.emitter.method("view", part, tuple(shape))
-                result.meta["example_value"] = value[begin:end].view(shape)
+            for linear, size in zip(linears, sizes, strict=True):
+                end = begin + size
+                part = self.emitter.item(rows, slice(self._size(begin), self._size(end)))
+                part.meta["example_value"] = value.new_empty(size)
+                shape = value_of(linear.node).shape
+                result = self.emitter.method("view", part, tuple(map(self._size, shape)))
+                result.meta["example_value"] = value.new_empty(shape)
                 linear.node.replace_all_uses_with(result)
                 begin = end
         for linear in linears:
             erase_dead(linear.node)
+
+    def _size(self, size: int | torch.SymInt) -> int | fx.Node:
+        return self.emitter.size(as_expr(size))
 
     def _call(
         self,
@@ -162,13 +167,20 @@ def _reads_few_rows(node: fx.Node, devices: Collection[str]) -> bool:
     kinds = {(value_of(one).dtype, value_of(one).device) for one in (node, *operands)}
     if len(kinds) != 1 or value.device.type not in devices:
         return False
-    if not all(as_expr(size).is_Integer for size in (*value.shape, *matrix.shape)):
+    # A batch may be of any size; flattened tokens, ``[N, K]``, may be those of a prompt.
+    of_any_size = 1 if value.dim() > 2 else 0
+    if not all(as_expr(size).is_Integer for size in (*value.shape[of_any_size:], *matrix.shape)):
         return False
-    if not 1 <= math.prod(value.shape[:-1]) <= most_rows(value.dtype):
+    if not 1 <= math.prod(map(_usual, value.shape[:-1])) <= most_rows(value.dtype):
         return False
     if matrix.dim() != 2 or matrix.stride(1) != 1:
         return False
     return matrix.shape[1] % _ALIGNED == 0
+
+
+def _usual(size: int | torch.SymInt) -> int:
+    """A size as it is, or was when the graph was traced; 0 where nobody knows. Guards nothing."""
+    return (size.node.hint or 0) if isinstance(size, torch.SymInt) else size
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -202,8 +214,9 @@ def _gated(linears: list[_Linear]) -> list[tuple[_Linear, _Linear, fx.Node]]:
         up = of.get(_other_operand(product, "mul", activated))
         if up is None or up is gate or _only_user(up.node) is not product:
             continue
-        same = value_of(gate.node).shape == value_of(up.node).shape
-        if same and (gate.bias is None) == (up.bias is None):
+        if same_shape(value_of(gate.node), value_of(up.node)) and (gate.bias is None) == (
+            up.bias is None
+        ):
             found.append((gate, up, product))
     return found
 
@@ -224,9 +237,12 @@ def _residual(result: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     added = _other_operand(total, "add", result)
     if added is None or not _is_plain(added):
         return None, result
-    values = [value_of(one) for one in (result, added, total)]
-    alike = {(tuple(value.shape), value.dtype, value.device) for value in values}
-    return (added, total) if len(alike) == 1 else (None, result)
+    value = value_of(result)
+    alike = all(
+        same_shape(value, other) and (other.dtype, other.device) == (value.dtype, value.device)
+        for other in map(value_of, (added, total))
+    )
+    return (added, total) if alike else (None, result)
 
 
 def _other_operand(node: fx.Node | None, name: str, one: fx.Node) -> fx.Node | None:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fluxcompile.passes.graph_util import argument, is_tensor, op_name, value_of
+from fluxcompile.passes.graph_util import (
+    argument,
+    is_tensor,
+    op_name,
+    same_shape,
+    same_size,
+    value_of,
+)
 
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 
@@ -26,8 +33,8 @@ def rms_norm_of(node: fx.Node) -> RmsNorm | None:
     if found is None or not all(map(is_tensor, (found.x, found.weight))):
         return None
     value, x, weight = map(value_of, (node, found.x, found.weight))
-    same = value.dtype == x.dtype == weight.dtype and value.shape == x.shape
-    return found if same and weight.shape == x.shape[-1:] else None
+    same = value.dtype == x.dtype == weight.dtype and same_shape(value, x)
+    return found if same and weight.dim() == 1 and same_size(weight.shape[0], x.shape[-1]) else None
 
 
 def _called(node: fx.Node) -> RmsNorm | None:

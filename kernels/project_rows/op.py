@@ -32,8 +32,11 @@ def project_rows(
 ) -> Tensor:
     """A few rows' products with up to three matrices; sums in fp32.
 
+    More rows than :func:`most_rows` are right too, and as fast as the library makes them: a graph
+    may serve any number.
+
     Args:
-        x: ``[..., K]`` of up to 16 rows in bf16 or fp16, or one row in fp32.
+        x: ``[..., K]`` in bf16, fp16 or fp32.
         weights: ``[N_i, K]`` each, rows contiguous, in x's dtype.
         biases: ``[N_i]`` for each matrix, or none at all.
         norm: ``[K]``, the weight of an RMS norm that x passes first.
@@ -49,7 +52,7 @@ def project_rows(
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """Rows that the operator takes at once; 0: none."""
+    """Rows that a launch takes; 0: none."""
     return 1 if dtype == torch.float32 else MAX_ROWS if dtype in DTYPES else 0
 
 
@@ -60,8 +63,8 @@ def result_shape(x: Tensor, weights: Sequence[Tensor], gated: bool) -> tuple[int
     return (math.prod(x.shape[:-1]) * sum(weight.shape[0] for weight in weights),)
 
 
-def _cpu(x, weights, biases, norm, eps, added, gated):
-    """The definition."""
+def definition(x, weights, biases, norm, eps, added, gated):
+    """What :func:`project_rows` computes, an operation after the other."""
     if norm is not None:
         x = functional.rms_norm(x, norm.shape, norm, eps)
     parts = [
@@ -74,8 +77,10 @@ def _cpu(x, weights, biases, norm, eps, added, gated):
     return y if added is None else added + y
 
 
-def _cuda(*operands):
-    return triton_module("project_rows").project_rows(*operands)
+def _cuda(x, *operands):
+    if 0 < math.prod(x.shape[:-1]) <= most_rows(x.dtype):
+        return triton_module("project_rows").project_rows(x, *operands)
+    return definition(x, *operands)
 
 
 def _fake(x, weights, biases, norm, eps, added, gated):
@@ -83,8 +88,8 @@ def _fake(x, weights, biases, norm, eps, added, gated):
 
 
 def _check(x, weights, biases, norm, eps, added, gated):
-    if x.dim() < 1 or math.prod(x.shape[:-1]) not in range(1, most_rows(x.dtype) + 1):
-        expected = f"[..., K] of 1 to {MAX_ROWS} rows of bf16 or fp16, or one of fp32"
+    if x.dim() < 1 or x.dtype not in DTYPES:
+        expected = "[..., K] of bf16, fp16 or fp32"
         raise KernelError.mismatch("x", expected, f"{x.dtype} {list(x.shape)}")
     if not 1 <= len(weights) <= MAX_WEIGHTS or (gated and len(weights) != 2):
         expected = "two when gated" if gated else f"1 to {MAX_WEIGHTS}"
@@ -114,7 +119,7 @@ register(
     "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? norm, float eps, Tensor? added, "
     "bool gated) -> Tensor",
     check=_check,
-    cpu=_cpu,
+    cpu=definition,
     cuda=_cuda,
     fake=_fake,
 )

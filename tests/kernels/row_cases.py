@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fluxcompile.kernels.project_rows.op import _cpu as definition
+from fluxcompile.kernels.project_rows.op import definition
 
 
 @dataclass(frozen=True)

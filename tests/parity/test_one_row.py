@@ -1,8 +1,11 @@
-"""Steps of one token whose linear layers run as ``flux::project_rows``, as they do on a GPU."""
+"""Steps of few tokens whose linear layers run as ``flux::project_rows``, as they do on a GPU."""
 
+import copy
 import functools
 
 import pytest
+import torch
+import transformers
 
 import fluxcompile
 from fluxcompile.passes import pipeline
@@ -59,3 +62,28 @@ def test_through_inductor(launches):
     assert_same_generation(generate(model, given, 5), expected)
     assert max(launches) == 4 * model.config.num_hidden_layers + 1
     eager(model)
+
+
+@pytest.mark.slow
+def test_batches_of_any_size(launches):
+    """One graph for all, from the second size on, no further from exact than eager is."""
+    model, twin = (tiny_model("llama").bfloat16() for _ in range(2))
+    exact = copy.deepcopy(twin).double()
+    model.compile(backend="flux", options={"routes": "full", "lowering": "aot_eager"})
+    graphs = []
+    for batch in (4, 8, 3, 20):
+        given = prompt(batch, 30, "none")
+        ours, eagers, expected = (step(one, given["input_ids"]) for one in (model, twin, exact))
+        assert (ours - expected).norm() < 1.5 * (eagers - expected).norm()
+        graphs.append(len(launches))
+    assert max(launches) == 4 * model.config.num_hidden_layers + 1
+    assert graphs[1] == graphs[-1]
+    eager(model)
+
+
+@torch.no_grad()
+def step(model, ids):
+    """Logits of a token after a prompt, in fp64."""
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    return model(ids[:, -1:], past_key_values=cache, use_cache=True).logits.double()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 from fluxcompile.passes.project_rows import project_rows
@@ -94,6 +95,41 @@ def test_several_rows_of_half_precision(shape):
     found, counts = projected(call, token(*shape).bfloat16(), tolerance=3e-2)
     assert found == 2
     assert not counts["linear"] + counts["rsqrt"]
+
+
+def test_any_number_of_rows():
+    """Traced for a few, the graph serves any number, and nothing is specialised."""
+    torch.manual_seed(0)
+    norm, q, k, o = (layer.bfloat16() for layer in (Norm(), linear(), linear(16), linear()))
+    gate, up, down = linear(INNER).bfloat16(), linear(INNER).bfloat16(), linear(columns=INNER)
+    down = down.bfloat16()
+
+    def call(x):
+        y = norm(x)
+        query, key = q(y).view(-1, 4, 8), k(y).view(-1)
+        x = x + o(query.view(x.shape))
+        y = norm(x)
+        return x + down(functional.silu(gate(y)) * up(y)), key
+
+    graphs = []
+
+    def backend(gm, inputs):
+        found = project_rows(gm, devices=("cpu",))
+        gm.recompile()
+        graphs.append((found, op_counts(gm)))
+        return aot_autograd(fw_compiler=lambda gm, _: gm)(gm, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 8, 16, 40):
+            x = token(rows, 1, WIDTH).bfloat16()
+            for got, expected in zip(compiled(x), call(x), strict=True):
+                assert got.shape == expected.shape
+                torch.testing.assert_close(got, expected, atol=5e-2, rtol=5e-2)
+    ((found, counts),) = graphs
+    assert found == 4
+    assert not counts["linear"] + counts["rsqrt"] + counts["silu"]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
