@@ -42,11 +42,13 @@ class _Cuts:
         weights = weights[order]
         full = torch.stack([weights * (of_order == task) for task in range(count)])
         spread = (ordered[0] - ordered[-1]).clamp(min=1.0)  # room for prompts that are not here
+        none, every = ordered[:1] + spread, ordered[-1:] - spread
         between = (ordered[:-1] + ordered[1:]) / 2
         margin = _from_none(ordered * weights, dim=0)
         margin[1:-1][ordered[:-1] == ordered[1:]] = -torch.inf
         return cls(
-            torch.cat([ordered[:1] + spread, between, ordered[-1:] - spread]),
+            # A layer that was sure of all prompts, and is to take them as it did, stays as sure.
+            torch.cat([none.clamp(min=0.0), between, every.clamp(max=0.0)]),
             margin,
             _from_none(full, dim=1),
         )

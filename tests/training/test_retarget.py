@@ -47,6 +47,13 @@ def test_thresholds_keep_the_largest_margins():
     assert margins[chosen].sum() == pytest.approx(float(best), rel=1e-6)
 
 
+def test_layers_that_are_sure_stay_as_sure():
+    """Their thresholds are what they were, 0, where all of their prompts go the same way."""
+    margins = torch.tensor([[-16.0, 16.0, 1.0], [-15.0, 15.0, 3.0]])
+    thresholds = choose_thresholds(margins, torch.zeros(2, dtype=torch.int64), torch.tensor([0.5]))
+    assert thresholds.tolist() == [0, 0, 2]
+
+
 def test_equal_margins_are_not_torn_apart():
     margins = torch.zeros(10, 3)
     thresholds = choose_thresholds(margins, torch.arange(10) % 2, torch.tensor([0.5, 0.5]))
