@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fluxcompile.config import FluxConfig
-from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.router import FluxRouter
+from fluxcompile.training.patterns import serves
 from quality_outcome import Outcome
 
 if TYPE_CHECKING:

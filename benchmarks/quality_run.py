@@ -15,9 +15,9 @@ from torch import nn
 from common import some_gpus, undated
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError
-from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Cells
 from fluxcompile.model_layers import attention_layers
+from fluxcompile.training.patterns import serves
 from quality_contenders import (
     NamedRouter,
     RouterRun,

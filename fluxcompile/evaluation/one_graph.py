@@ -15,28 +15,18 @@ import torch
 from torch import nn
 
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import ConfigError, RouterError
+from fluxcompile.errors import RouterError
 from fluxcompile.evaluation.compiling import no_silent_eager
 from fluxcompile.evaluation.padding import padded
 from fluxcompile.evaluation.prompts import Prompt
 from fluxcompile.evaluation.scoring import Places, Scores, score
 from fluxcompile.model_layers import unwrap
-from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.backbone import check_trainable
-from fluxcompile.training.patterns import PatternGraph, pinning_noise
+from fluxcompile.training.patterns import PatternGraph, check_served, pinning_noise
 
 _HARD = 1e-12  # temperature at which only equal logits make a share other than 0 and 1
-
-
-def serves(config: FluxConfig) -> bool:
-    """Whether the training graph computes what a user gets from what ``config`` routes to.
-
-    It does for all that can be trained: queries of the prompt and those that are decoded after it
-    are told apart by the prompts' lengths. Other modes have no gradient and are not in that graph.
-    """
-    return config.sparse in DIFFERENTIABLE and config.retrieval == "full"
 
 
 class OneGraph(PatternGraph):
@@ -50,12 +40,10 @@ class OneGraph(PatternGraph):
         """For ``model`` and the sparse attention of ``config``; frozen meanwhile.
 
         Raises:
-            ConfigError: ``config`` is not one that :func:`serves` accepts.
+            ConfigError: no training graph serves ``config``.
             TrainingError: ``model`` is compiled already.
         """
-        if not serves(config):
-            expected = f"sparse attention of {list(DIFFERENTIABLE)}, full retrieval attention"
-            raise ConfigError.mismatch("config", expected, config)
+        check_served(config)
         model = unwrap(model)
         check_trainable(model)
         torch._dynamo.reset()

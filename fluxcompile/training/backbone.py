@@ -179,6 +179,21 @@ def _options(
     return options
 
 
+def running(
+    model: nn.Module,
+    body: nn.Module,
+    router: FluxRouter,
+    *,
+    regional: bool,
+    lowering: str,
+    inductor: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``body`` through training mode, as one graph or by regions; arguments as :class:`Regions`."""
+    if regional:
+        return Regions(model, body, router, lowering=lowering, inductor=inductor)
+    return compiled(body, router, lowering=lowering, inductor=inductor)
+
+
 @contextlib.contextmanager
 def compiler_settings(activation_memory_budget: float | None) -> Iterator[None]:
     """PyTorch's compiler as training needs it."""

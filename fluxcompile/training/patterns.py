@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fluxcompile.config import FluxConfig
+from fluxcompile.errors import ConfigError
+from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.backbone import attached, compiled, frozen
@@ -32,6 +34,26 @@ def pinning_noise(full: torch.Tensor) -> torch.Tensor:
     """
     wanted = full.to(torch.float32)
     return _DECISIVE * torch.stack([1 - wanted, wanted], dim=-1)
+
+
+def serves(config: FluxConfig) -> bool:
+    """Whether the training graph computes what a user gets from what ``config`` routes to.
+
+    It does for all that can be trained: queries of the prompt and those that are decoded after it
+    are told apart by the prompts' lengths. Other modes have no gradient and are not in that graph.
+    """
+    return config.sparse in DIFFERENTIABLE and config.retrieval == "full"
+
+
+def check_served(config: FluxConfig) -> None:
+    """Refuse a ``config`` that no training graph :func:`serves`.
+
+    Raises:
+        ConfigError: its sparse or retrieval attention has no gradient.
+    """
+    if not serves(config):
+        expected = f"sparse attention of {list(DIFFERENTIABLE)}, full retrieval attention"
+        raise ConfigError.mismatch("config", expected, config)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training import backbone
 from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.patterns import check_served
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.thresholds import choose_thresholds
 from fluxcompile.training.train import collator_for
@@ -71,6 +72,7 @@ def retarget_router(
     model = unwrap(model)
     backbone.check_trainable(model)
     router.check_model(model)
+    check_served(router.config)
     known = {name: task for name, task in resolve_tasks(tasks).items() if name in tasks}
     shortest = router.config.sink + router.config.local + 1
     examples = backbone.examples_for(model, data, tokenizer, known, shortest, max_length)
@@ -83,11 +85,8 @@ def retarget_router(
     full = torch.tensor([1 - task.target for task in known.values()])
     with backbone.attached(model, moved), backbone.frozen(model):
         language_model = LanguageModel.of(model).checked(model)
-        how = {"lowering": lowering}
-        if regional:
-            run = backbone.Regions(model, language_model.body, moved, **how)
-        else:
-            run = backbone.compiled(language_model.body, moved, **how)
+        how = {"regional": regional, "lowering": lowering}
+        run = backbone.running(model, language_model.body, moved, **how)
         with backbone.compiler_settings(None):
             for _ in range(ROUNDS):
                 margins, of_task, routed = _read(moved, batches, run)

@@ -172,17 +172,17 @@ def _trainer(
     tasks: Mapping[str, Task],
     arguments: RouterTrainingArguments,
 ) -> RouterTrainer:
-    how = {"lowering": arguments.lowering, "inductor": arguments.inductor}
-    if arguments.regional:
-        run = backbone.Regions(model, language_model.body, router, **how)
-    else:
-        run = backbone.compiled(language_model.body, router, **how)
     trainee = Trainee(
         model,
         router.train().requires_grad_(True),
         Multipliers([task.target for task in tasks.values()], arguments.multiplier_init),
         language_model=language_model,
-        run=run,
+        run=backbone.running(
+            *(model, language_model.body, router),
+            regional=arguments.regional,
+            lowering=arguments.lowering,
+            inductor=arguments.inductor,
+        ),
         logits_chunk=arguments.logits_chunk,
     )
     return RouterTrainer(trainee, arguments, examples, list(tasks), collator_for(model, tasks))

@@ -11,9 +11,9 @@ from fluxcompile import FluxConfig, FluxRouter
 from fluxcompile.errors import ConfigError, DataError, RouterError, TrainingError
 from fluxcompile.evaluation import AsUser, OneGraph
 from fluxcompile.evaluation.as_user import STEPS
-from fluxcompile.evaluation.one_graph import serves
 from fluxcompile.evaluation.prompts import Prompt, check_lengths
 from fluxcompile.generation import say_that_it_grows
+from fluxcompile.training.patterns import serves
 from tests.evaluation import cases
 
 PROMPTS = cases.prompts(6)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fluxcompile
-from fluxcompile import train_router
+from fluxcompile import FluxRouter, train_router
 from fluxcompile.attachment import attachment_of
-from fluxcompile.errors import DataError, RouterError
+from fluxcompile.errors import ConfigError, DataError, RouterError
 from fluxcompile.training import retarget_router
 from fluxcompile.training.backbone import attached
 from fluxcompile.training.thresholds import choose_thresholds
@@ -81,13 +81,15 @@ def routes_on(model, router, data):
     return torch.stack(found)
 
 
-def test_a_router_reaches_other_shares_and_says_which(taught):
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_router_reaches_other_shares_and_says_which(taught, regional):
     """More of one task's layers full; the other's stay what they were."""
     model, router = taught
     data = tiny_data(32, tokens_tell_tasks=True)
     before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
     wanted = {"retrieval": 0.0, "holistic": 0.5}
-    moved, reached = retarget_router(model, router, data, tasks=wanted, lowering="eager")
+    how = {"lowering": "eager", "regional": regional}
+    moved, reached = retarget_router(model, router, data, tasks=wanted, **how)
     assert attachment_of(model) is None
     full = routes_on(model, moved, data)
     for name, share in wanted.items():
@@ -111,5 +113,8 @@ def test_what_is_wrong_is_said(taught):
         retarget_router(model, router, data, tasks={"retrieval": 0.5})
     with pytest.raises(DataError, match=r"tasks\['retrieval'\]"):
         retarget_router(model, router, data, tasks={"retrieval": 1.5})
+    untrained = FluxRouter.from_model(model, replace(CONFIG, sparse="xattention"))
+    with pytest.raises(ConfigError, match="sparse attention of"):
+        retarget_router(model, untrained, data, tasks=both)
     with pytest.raises(RouterError):
         retarget_router(tiny_llama(num_hidden_layers=3), router, data, tasks=both)
