@@ -31,7 +31,7 @@ def test_every_option_and_command_is_in_it():
     for name in CompileOptions.__dataclass_fields__:
         assert f"| `{name}` |" in text
     commands = re.findall(r"^### `fluxcompile (\w+)`$", text, re.MULTILINE)
-    assert commands == ["convert", "demo", "doctor", "eval", "explain", "train"]
+    assert commands == ["convert", "demo", "doctor", "eval", "explain", "retarget", "train"]
     assert "| `--json` |" in text
     assert not re.findall(r"\|\s*\|$", text, re.MULTILINE), "an option without a meaning"
 
