@@ -5,15 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fluxcompile
 from fluxcompile import FluxRouter, train_router
 from fluxcompile.attachment import attachment_of
 from fluxcompile.errors import ConfigError, DataError, RouterError
 from fluxcompile.training import retarget_router
-from fluxcompile.training.backbone import attached
 from fluxcompile.training.thresholds import choose_thresholds
 from tests.router_models import tiny_llama
-from tests.training.tiny import CONFIG, QUICK, tiny_data, tiny_model
+from tests.training.tiny import CONFIG, QUICK, routes_on, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
 
@@ -67,18 +65,6 @@ def taught():
     start = {"retrieval": [1, 0], "holistic": [0, 1]}
     still = QUICK | {"config": READING, "max_steps": 1, "learning_rate": 0.0}
     return model, train_router(model, data, start=start, **still)
-
-
-def routes_on(model, router, data):
-    """bool ``[rows, layers]``, as a user's compile decides."""
-    with attached(model, router):
-        compiled = torch.compile(model, backend="flux", options={"lowering": "eager"})
-        found = []
-        for row in data:
-            with torch.no_grad():
-                compiled(torch.tensor([row["input_ids"]]), use_cache=True)
-            found.append(fluxcompile.routes(model).fa[0])
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize("regional", [False, True])

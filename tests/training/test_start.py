@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fluxcompile
 from fluxcompile import FluxRouter, train_router
 from fluxcompile.errors import ConfigError
 from fluxcompile.training.backbone import attached, compiled, frozen
@@ -18,24 +17,12 @@ from fluxcompile.training.tasks import BUILT_IN
 from fluxcompile.training.trainee import Trainee
 from tests.parity.models import forced_router
 from tests.training.eager_mixture import Mixture, eager_mixture
-from tests.training.tiny import CONFIG, QUICK, tiny_data, tiny_model
+from tests.training.tiny import CONFIG, QUICK, routes_on, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
 OPPOSITE = {"retrieval": [1, 0], "holistic": [0, 1]}
 # Not a step that changes anything: what is seen is the start.
 STANDING = QUICK | {"config": READING, "max_steps": 1, "learning_rate": 0.0}
-
-
-def routes_on(model, router, data):
-    """bool ``[rows, layers]``, as a user's compile decides."""
-    fluxcompile.attach(model, router)
-    compiled = torch.compile(model, backend="flux", options={"lowering": "eager"})
-    found = []
-    for row in data:
-        with torch.no_grad():
-            compiled(torch.tensor([row["input_ids"]]), use_cache=True)
-        found.append(fluxcompile.routes(model).fa[0])
-    return torch.stack(found)
 
 
 def test_routers_take_the_routes_of_the_task_they_read():

@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 
+import fluxcompile
+from fluxcompile import FluxRouter
 from fluxcompile.config import FluxConfig
+from fluxcompile.training.backbone import attached
 from tests.router_models import tiny_llama
 
 CONFIG = FluxConfig(sink=4, local=8, pool_size=8)
@@ -43,6 +46,20 @@ def tiny_data(rows: int = 16, tokens_tell_tasks: bool = False) -> list[dict[str,
         tokens = torch.randint(first, last, (40 + row % 5,), generator=generator)
         data.append({"input_ids": tokens.tolist(), "task": TASKS[row % 2]})
     return data
+
+
+def routes_on(
+    model: torch.nn.Module, router: FluxRouter, data: list[dict[str, Any]]
+) -> torch.Tensor:
+    """bool ``[rows, layers]``, True for full attention, as a user's compile decides."""
+    with attached(model, router):
+        compiled = torch.compile(model, backend="flux", options={"lowering": "eager"})
+        found = []
+        for row in data:
+            with torch.no_grad():
+                compiled(torch.tensor([row["input_ids"]]), use_cache=True)
+            found.append(fluxcompile.routes(model).fa[0])
+    return torch.stack(found)
 
 
 def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
