@@ -8,7 +8,10 @@ from tests.parity.harness import eager, forward
 from tests.parity.models import flux_config, prompt, tiny_model
 
 
-@pytest.mark.parametrize("routes", ["full", (0, 1)], ids=["full", "mixed"])
+@pytest.mark.parametrize(
+    "routes",
+    [pytest.param("full", id="full", marks=pytest.mark.slow), pytest.param((0, 1), id="mixed")],
+)
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_new_cache_is_contiguous(lowering, routes):
     model, given = tiny_model("llama"), prompt(2, 63, "left")

@@ -93,7 +93,7 @@ FULL = [
     slow("Gemma 2", "dynamic", "left", None),
     slow("Gemma 3", "dynamic", "right", None),
     slow("Phi-3", "dynamic", "left", None),
-    ("GPT-NeoX", "dynamic", "left", None),
+    slow("GPT-NeoX", "dynamic", "left", None),
     slow("GPT-2", "dynamic", "ones", None),
     slow("Mixtral", "dynamic", "left", None),
 ]
@@ -116,7 +116,7 @@ def test_full(name, cache, padding, dynamic):
 
 ROUTED = [
     ("llama", "dynamic", "left", "router", "streaming"),
-    ("llama", "static", "left", "router", "streaming"),
+    slow("llama", "static", "left", "router", "streaming"),
     ("qwen3", "dynamic", "right", "router", "triangle"),
     slow("llama-eager", "dynamic", "left", "sparse", "streaming"),
     slow("llama", "none", "ones", "sparse", "triangle"),

@@ -67,7 +67,7 @@ def taught():
     return model, train_router(model, data, start=start, **still)
 
 
-@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("regional", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_router_reaches_other_shares_and_says_which(taught, regional):
     """More of one task's layers full; the other's stay what they were."""
     model, router = taught
