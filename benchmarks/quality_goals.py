@@ -1,10 +1,10 @@
 """What a router is held to on SmolLM2-135M, and whether it gets there."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxcompile.errors import DataError
-from fluxcompile.evaluation import Cell, Results
+from fluxcompile.evaluation import Cell
 from fluxcompile.evaluation.compare import (
     context_awareness,
     judged,
@@ -12,6 +12,7 @@ from fluxcompile.evaluation.compare import (
     quality,
     quality_difference,
     relative,
+    retrieval_and_loss,
 )
 from fluxcompile.evaluation.intervals import Estimate
 from quality_contenders import RouterRun, Run, StaticRun, same_attention
@@ -24,18 +25,6 @@ LOSS = 0.035  # over full attention's
 LOSS_OMEGA = 0.75
 AWARENESS = 0.2
 GAIN = 1e-3  # of full attention's quality: rounding in two compiles is no gain
-
-
-def _retrieval(full: Results) -> Results:
-    return {cell: full[cell] for cell in judged(full) if cell.kind == "retrieval"}
-
-
-def _losses(full: Results) -> Results:
-    return {cell: result for cell, result in full.items() if cell.metric == "loss"}
-
-
-def _of(results: Results, cells: Iterable[Cell]) -> Results:
-    return {cell: results[cell] for cell in cells}
 
 
 @dataclass(frozen=True)
@@ -104,7 +93,7 @@ class _Judge:
 
     def _loss(self) -> Verdict:
         goal = f"code and prose: loss ≤ {LOSS:+.1%} over full, Ω ≥ {LOSS_OMEGA}"
-        cells = [cell for cell in self.full if cell.metric == "loss"]
+        cells = retrieval_and_loss(self.full)["loss"]
         if not cells:
             return self._verdict(goal, note="not run")
         over = relative(self.results, self.full, cells, seed=self.seed)
@@ -134,16 +123,18 @@ class _Judge:
         ]
         if not rivals:
             return self._verdict(goal, note=f"no static pattern of {count} sparse layers was run")
-        of_kind = {"retrieval": _retrieval(self.full), "loss": _losses(self.full)}
-        full = of_kind["retrieval"] | of_kind["loss"]
-        best = max(rivals, key=lambda rival: quality(_of(rival.results, full), full).value)
-        ours, theirs = _of(self.results, full), _of(best.results, full)
-        found = quality_difference(ours, theirs, full, seed=self.seed)
+        compared = retrieval_and_loss(self.full)
+        cells = [cell for of_one in compared.values() for cell in of_one]
+        if not cells:
+            return self._verdict(goal, note="not run")
+        best = max(rivals, key=lambda rival: quality(rival.results, self.full, cells).value)
+        both = self.results, best.results
+        found = quality_difference(*both, self.full, cells, seed=self.seed)
         words = [f"{best.name}, Ω {omega(best.results):.2f}"]
-        for name, cells in of_kind.items():
-            if cells:
-                ratios = [relative(run, self.full, cells).value for run in (ours, theirs)]
-                words.append(f"{name} {ratios[0] - ratios[1]:+.3f}")
+        for name, of_one in compared.items():
+            if of_one:
+                ours, theirs = (relative(run, self.full, of_one).value for run in both)
+                words.append(f"{name} {ours - theirs:+.3f}")
         note = ", ".join(words)
         return self._verdict(goal, found, omega(self.results), found.low > GAIN, note)
 

@@ -8,7 +8,7 @@ import torch
 
 from fluxcompile.errors import FluxError
 from fluxcompile.evaluation import Results
-from fluxcompile.evaluation.compare import judged, omega, quality, relative
+from fluxcompile.evaluation.compare import omega, quality, relative, retrieval_and_loss
 from fluxcompile.evaluation.intervals import Estimate
 from quality_contenders import RouterRun, Run
 from quality_static import METHODS
@@ -32,9 +32,7 @@ def pareto(runs: Sequence[Run], seed: int, file: Path) -> None:
     from matplotlib.figure import Figure
 
     full = runs[0].results
-    good = judged(full)
-    retrieval = [cell for cell in good if cell.kind == "retrieval"]
-    loss = [cell for cell in good if cell.metric == "loss"]
+    retrieval, loss = retrieval_and_loss(full).values()
     panels = [("share of full attention's quality", "Ω, mixture", list(full), None)]
     if retrieval:
         panels.append(("retrieval accuracy / full", "Ω, retrieval", retrieval, retrieval))

@@ -58,6 +58,15 @@ def judged(full: Results) -> list[Cell]:
     ]
 
 
+def retrieval_and_loss(full: Results) -> dict[str, list[Cell]]:
+    """The cells that are :func:`judged`, without in-context learning, by what is compared."""
+    cells = judged(full)
+    return {
+        "retrieval": [cell for cell in cells if cell.kind == "retrieval"],
+        "loss": [cell for cell in cells if cell.metric == "loss"],
+    }
+
+
 def relative(results: Results, full: Results, cells: Iterable[Cell], **settings) -> Estimate:
     """Mean over that of full attention, of cells of one metric taken together.
 
@@ -81,19 +90,23 @@ def relative(results: Results, full: Results, cells: Iterable[Cell], **settings)
     return bootstrap(_columns(cells, results, full), ratio, **settings)
 
 
-def quality(results: Results, full: Results, **settings) -> Estimate:
+def quality(
+    results: Results, full: Results, cells: Sequence[Cell] | None = None, **settings
+) -> Estimate:
     """What is left of full attention's quality: 1 is all of it.
 
-    Accuracy over full attention's, and full attention's loss over the loss, averaged over the
-    cells that are :func:`judged`.
+    Accuracy over full attention's, and full attention's loss over the loss, averaged over
+    ``cells``; None for all that are :func:`judged`.
     """
-    cells = judged(full)
+    cells = judged(full) if cells is None else cells
     return bootstrap(_columns(cells, results, full), _quality(cells, 0), **settings)
 
 
-def quality_difference(ours: Results, theirs: Results, full: Results, **settings) -> Estimate:
+def quality_difference(
+    ours: Results, theirs: Results, full: Results, cells: Sequence[Cell] | None = None, **settings
+) -> Estimate:
     """:func:`quality` of one minus that of another, prompt by prompt."""
-    cells = judged(full)
+    cells = judged(full) if cells is None else cells
     first, second = _quality(cells, 0), _quality(cells, 1)
     columns = _columns(cells, ours, theirs, full)
     return bootstrap(columns, lambda means: first(means) - second(means), **settings)
