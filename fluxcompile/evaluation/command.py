@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -20,7 +19,7 @@ from fluxcompile.evaluation.intervals import Estimate
 from fluxcompile.evaluation.prompts import METRICS, builtin_prompts, check_lengths
 from fluxcompile.packaged import PACKAGED, packaged_directory
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.command import load_model
+from fluxcompile.training.command import device_and_dtype, load_model
 from fluxcompile.training.data import FORMS
 
 
@@ -71,10 +70,7 @@ def run_eval(settings: EvalSettings, console: Console | None = None) -> dict[str
     """
     console = console or Console()
     router = FluxRouter.from_pretrained(settings.router)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise OptionError.mismatch("--device", "a machine with a GPU", "one without")
-    dtype = settings.dtype or ("bfloat16" if device == "cuda" else "float32")
+    device, dtype = device_and_dtype(settings.device, settings.dtype)
     model, tokenizer = load_model(settings.model, dtype)
     if tokenizer is None:
         raise FluxError(f"model {settings.model!r}: expected one with a tokenizer, got none")

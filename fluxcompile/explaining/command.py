@@ -24,7 +24,7 @@ from fluxcompile.errors import FluxError, OptionError
 from fluxcompile.explaining.prompt import PromptReport, explain_prompt
 from fluxcompile.options import ROUTE_WORDS
 from fluxcompile.packaged import packaged_routers
-from fluxcompile.training.command import SMOLLM2, load_model
+from fluxcompile.training.command import SMOLLM2, device_and_dtype, load_model
 
 PACKAGED_ROUTER = "smollm2-135m"
 
@@ -77,10 +77,7 @@ def run_explain(settings: ExplainSettings, console: Console | None = None) -> Pr
     """
     console = console or Console(width=None if sys.stdout.isatty() else 160)  # files have room
     options, router, routed_by = routing(settings)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise OptionError.mismatch("--device", "a machine with a GPU", "one without")
-    dtype = settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    device, dtype = device_and_dtype(settings.device, settings.dtype)
     model, tokenizer = load_model(settings.model, dtype)
     model = model.to(device).eval().requires_grad_(False)
     if router is not None:

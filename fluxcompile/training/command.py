@@ -12,7 +12,7 @@ from torch import nn
 from fluxcompile import router_io
 from fluxcompile.atomic import write_all
 from fluxcompile.config import FluxConfig
-from fluxcompile.errors import ConfigError, DataError, TrainingError
+from fluxcompile.errors import ConfigError, DataError, OptionError, TrainingError
 from fluxcompile.packaged import packaged_directory
 from fluxcompile.router import FluxRouter
 
@@ -146,8 +146,8 @@ def retarget(
     _check_data(data, given)
     recipe = {"seed": seed, "examples": examples, "length": length} | given
     router = FluxRouter.from_pretrained(source)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, tokenizer = load_model(model, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    device, dtype = device_and_dtype(device, dtype)
+    loaded, tokenizer = load_model(model, dtype)
     rows, words = _rows(data, recipe, model, tokenizer)
     moved, reached = retarget_router(
         loaded.to(device),
@@ -248,6 +248,18 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
                 raise DataError.mismatch(f"{file}:{number}", "a JSON object", type(row).__name__)
             rows.append(row)
     return rows
+
+
+def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """A GPU where there is one, and bfloat16 on it, float32 elsewhere, unless something is asked.
+
+    Raises:
+        OptionError: a GPU is asked for and there is none.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError.mismatch("--device", "a machine with a GPU", "one without")
+    return device, dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def load_model(name: str, dtype: str) -> tuple[nn.Module, Any]:

@@ -151,6 +151,15 @@ def test_convert_with_a_bias_says_so_on_the_card(tmp_path):
                          "attention.\n")  # fmt: skip
 
 
+def test_retarget_on_a_gpu_that_is_not_there(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    random_router().save_pretrained(files / "router")
+    result = run("retarget", files / "router", files / "out", "--task", "retrieval=0.5",
+                 "--device", "cuda")  # fmt: skip
+    assert result.exit_code == 2
+    assert "expected a machine with a GPU" in result.output
+
+
 def test_retarget_writes_a_router_and_says_so_on_the_card(files):
     assert train(files).exit_code == 0
     card = (files / "router" / "README.md").read_text()
