@@ -33,6 +33,15 @@ Device = Annotated[
 Precision = Annotated[
     DType | None, typer.Option(help="float32 on a CPU and bfloat16 on a GPU by default.")
 ]
+Compiler = Annotated[Lowering, typer.Option(help="What compiles the graphs.")]
+Model = Annotated[str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')]
+Data = Annotated[
+    str, typer.Option(help='"builtin", or a JSONL file: "task" and "text", "messages" or tokens.')
+]
+Mixture = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=VALUE of any other argument of builtin_mixture; repeatable."),
+]
 
 
 @contextlib.contextmanager
@@ -77,9 +86,7 @@ def demo(
         Path | None, typer.Option(help="A trained router's folder; implies --routes router.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts that a router decides for.")] = 0,
-    lowering: Annotated[
-        Lowering, typer.Option(help="What compiles the graphs.")
-    ] = Lowering.INDUCTOR,
+    lowering: Compiler = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
@@ -109,10 +116,7 @@ def demo(
 def train(
     model: Annotated[str, typer.Argument(help='"smollm2", a directory, or a model on the Hub.')],
     output: Annotated[Path, typer.Option(help="Folder of the router and its checkpoints.")],
-    data: Annotated[
-        str,
-        typer.Option(help='"builtin", or a JSONL file: "task" and "text", "messages" or tokens.'),
-    ] = "builtin",
+    data: Data = "builtin",
     length: Annotated[int, typer.Option(min=1, help="Tokens of a built-in example.")] = 4096,
     examples: Annotated[
         int | None, typer.Option(min=1, help="Built-in examples; by default two steps' worth.")
@@ -130,9 +134,7 @@ def train(
     task: Annotated[
         list[str] | None, typer.Option(help="NAME=TARGET sparsity of a task; repeatable.")
     ] = None,
-    lowering: Annotated[
-        Lowering, typer.Option(help="What compiles the graphs.")
-    ] = Lowering.INDUCTOR,
+    lowering: Compiler = Lowering.INDUCTOR,
     dtype: Precision = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.")] = False,
     resume: Annotated[
@@ -142,10 +144,7 @@ def train(
         list[str] | None,
         typer.Option(help="NAME=VALUE of any other field of FluxConfig; repeatable."),
     ] = None,
-    mixture: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=VALUE of any other argument of builtin_mixture; repeatable."),
-    ] = None,
+    mixture: Mixture = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of any other training argument; repeatable."),
@@ -189,9 +188,7 @@ def evaluate(
     router: Annotated[
         Path, typer.Option(help="A trained router's folder, or a packaged router's name.")
     ],
-    model: Annotated[
-        str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')
-    ] = "smollm2",
+    model: Model = "smollm2",
     lengths: Annotated[
         list[int] | None,
         typer.Option("--length", "--lengths", min=1, help="Tokens; repeatable. 2048 and 4096."),
@@ -203,9 +200,7 @@ def evaluate(
     examples: Annotated[int, typer.Option(min=1, help="Prompts a task and length.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a call.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the prompts and the intervals.")] = 0,
-    lowering: Annotated[
-        Lowering, typer.Option(help="What compiles the graphs.")
-    ] = Lowering.INDUCTOR,
+    lowering: Compiler = Lowering.INDUCTOR,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
@@ -260,24 +255,14 @@ def retarget(
     task: Annotated[
         list[str], typer.Option(help="NAME=SHARE of layers to be sparse on a task; repeatable.")
     ],
-    model: Annotated[
-        str, typer.Option(help='"smollm2", a directory, or a model on the Hub.')
-    ] = "smollm2",
-    data: Annotated[
-        str,
-        typer.Option(help='"builtin", or a JSONL file: "task" and "text", "messages" or tokens.'),
-    ] = "builtin",
+    model: Model = "smollm2",
+    data: Data = "builtin",
     length: Annotated[int, typer.Option(min=1, help="Tokens of a built-in example.")] = 4096,
     examples: Annotated[int, typer.Option(min=1, help="Built-in examples.")] = 96,
     seed: Annotated[int, typer.Option(help="Of built-in examples.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Examples a call.")] = 4,
-    mixture: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=VALUE of any other argument of builtin_mixture; repeatable."),
-    ] = None,
-    lowering: Annotated[
-        Lowering, typer.Option(help="What compiles the graphs.")
-    ] = Lowering.INDUCTOR,
+    mixture: Mixture = None,
+    lowering: Compiler = Lowering.INDUCTOR,
     regional: Annotated[
         bool, typer.Option("--regional", help="Compile layers one by one, equal ones once.")
     ] = False,
