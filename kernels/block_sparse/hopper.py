@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
 from fluxcompile.kernels.block_sparse.triton import block_lists
-from fluxcompile.kernels.launch import score_scales
+from fluxcompile.kernels.launch import limits_of, score_scales
 from fluxcompile.kernels.streaming.hopper import (
     BLOCK_M,
     CONFIGS,
@@ -207,8 +207,7 @@ def attention(
     )
     mask_heads, query_blocks, key_blocks = lists.shape[1:]
     tiles = heads * batch * query_blocks
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    chunk = chunk or choose_chunk(tiles, sms)
+    chunk = chunk or choose_chunk(tiles, limits_of(q.device).multiprocessors)
     with torch.cuda.device_of(q):
         attention_kernel[(triton.cdiv(tiles, chunk),)](
             *descriptors(q, k, v, out, BLOCK), lists, counts,

@@ -10,7 +10,6 @@ Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, 
 ``M`` tile rows (query head and query), ``N`` keys, ``D`` head dim, ``S`` splits.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-from fluxcompile.kernels.launch import overlaps, row_strides, score_scales, tile, unit_stride
+from fluxcompile.kernels.launch import (
+    limits_of,
+    overlaps,
+    row_strides,
+    score_scales,
+    tile,
+    unit_stride,
+)
 
 # Below every score and finite, so that the maximum of a split without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
@@ -286,8 +292,5 @@ def choose_splits(rows: int, batch: int, keys: int, block_n: int, sms: int) -> t
     return min(even, useful), min(max(even, min(alone, _MORE_SPLITS)), useful)
 
 
-@functools.cache
 def _sm_count(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETER_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return limits_of(device).multiprocessors if device.type == "cuda" else _INTERPRETER_SMS

@@ -59,14 +59,10 @@ def few_rows_kernel(
     The norm's scale of a row is known after its last column, and applied to the sums. Rows whose
     dtype could not hold unscaled values are read once before, for the scale alone.
     """
-    i_tile = tl.program_id(0)
-    n_done = 0
-    p_w, p_bias, n_rows, stride = p_w0, p_bias0, n_0, stride_0
-    if not GATED:
-        p_w, p_bias, n_rows, stride, i_tile, n_done = matrix_of(
-            i_tile, p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2, n_0, n_1, n_2,
-            stride_0, stride_1, stride_2, ROWS,
-        )  # fmt: skip
+    p_w, p_bias, n_rows, stride, i_tile, n_done = matrix_of(
+        tl.program_id(0), p_w0, p_w1, p_w2, p_bias0, p_bias1, p_bias2, n_0, n_1, n_2,
+        stride_0, stride_1, stride_2, ROWS, GATED,
+    )  # fmt: skip
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     o_m = tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, COLUMNS)

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from fluxcompile.kernels.launch import score_scales
+from fluxcompile.kernels.launch import limits_of, score_scales
 from fluxcompile.kernels.streaming.hopper_tiles import Keys, Problem
 
 # Triton renamed them.
@@ -380,7 +380,7 @@ def attention(
     if sink is not None and route is None and bounds is None and not last:
         # Tiles of equal length: one program a multiprocessor, each with its even share of them.
         chunk = 0
-        programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        programs = min(tiles, limits_of(q.device).multiprocessors)
     with torch.cuda.device_of(q):
         attention_kernel[(programs,)](
             *descriptors(q, k, v, out, config.block_n),
