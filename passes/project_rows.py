@@ -214,9 +214,8 @@ def _gated(linears: list[_Linear]) -> list[tuple[_Linear, _Linear, fx.Node]]:
         up = of.get(_other_operand(product, "mul", activated))
         if up is None or up is gate or _only_user(up.node) is not product:
             continue
-        if same_shape(value_of(gate.node), value_of(up.node)) and (gate.bias is None) == (
-            up.bias is None
-        ):
+        same = same_shape(value_of(gate.node), value_of(up.node))
+        if same and (gate.bias is None) == (up.bias is None):
             found.append((gate, up, product))
     return found
 

@@ -104,12 +104,11 @@ def _read(
     router: FluxRouter, batches: Sequence[Mapping[str, Tensor]], run: Callable[..., Any]
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Margins ``[N, L]`` under the router's own hard routes, tasks ``[N]``, and those L layers."""
+    device = next(router.parameters()).device
     margins, tasks = [], []
     for batch in batches:
-        ids, mask, length = (
-            batch[name].to(next(router.parameters()).device)
-            for name in ("input_ids", "attention_mask", "prompt_length")
-        )
+        names = ("input_ids", "attention_mask", "prompt_length")
+        ids, mask, length = (batch[name].to(device) for name in names)
         # At temperature 1 a share's logit is the margin; hard, the mixture is what inference does.
         with soft_routes(router, prompt_length=length, hardness=1.0) as soft:
             run(ids, attention_mask=mask, use_cache=False)
