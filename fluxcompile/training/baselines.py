@@ -177,11 +177,25 @@ def greedy_routes(
     shortest = config.sink + config.local + 1
     examples = examples_for(model, data, tokenizer, resolve_tasks(tasks), shortest, max_length)
     with compiler_settings(None), PatternLoss.of(model, config, lowering=lowering) as loss:
-        order = greedy_order(lambda routes: loss(routes, examples), layers, sparse_layers)
-    return _routes(layers, order)
+        return search_routes(lambda routes: loss(routes, examples), layers, sparse_layers)
 
 
-def greedy_order(cost: Callable[[Routes], float], layers: int, sparse_layers: int) -> list[int]:
+def search_routes(
+    cost: Callable[[Routes], float], layers: int, sparse_layers: int, sparse: Sequence[int] = ()
+) -> Routes:
+    """Routes of ``sparse_layers`` sparse layers that greedy search finds.
+
+    Args:
+        cost, layers, sparse_layers, sparse: as :func:`greedy_order` takes them.
+    """
+    if sparse_layers == layers:  # nothing to choose
+        return _routes(layers, range(layers))
+    return _routes(layers, greedy_order(cost, layers, sparse_layers, sparse))
+
+
+def greedy_order(
+    cost: Callable[[Routes], float], layers: int, sparse_layers: int, sparse: Sequence[int] = ()
+) -> list[int]:
     """Layers in the order in which greedy search makes them sparse.
 
     The first ``k`` of them are what it finds for ``k`` sparse layers.
@@ -190,13 +204,14 @@ def greedy_order(cost: Callable[[Routes], float], layers: int, sparse_layers: in
         cost: of a pattern.
         layers: how many there are.
         sparse_layers: how many to choose.
+        sparse: layers that are sparse to begin with, at most as many; the first of the order.
     """
-    sparse: list[int] = []
-    for _ in range(sparse_layers):
-        left = [layer for layer in range(layers) if layer not in sparse]
-        costs = {layer: cost(_routes(layers, [*sparse, layer])) for layer in left}
-        sparse.append(min(left, key=costs.__getitem__))
-    return sparse
+    order = list(sparse)
+    while len(order) < sparse_layers:
+        left = [layer for layer in range(layers) if layer not in order]
+        costs = {layer: cost(_routes(layers, [*order, layer])) for layer in left}
+        order.append(min(left, key=costs.__getitem__))
+    return order
 
 
 def _routes(layers: int, sparse: Sequence[int]) -> Routes:

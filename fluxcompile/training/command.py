@@ -119,7 +119,7 @@ def retarget(
     device: str | None,
     dtype: str | None,
 ) -> dict[str, float]:
-    """Save the router of ``source`` with thresholds for other shares of sparse attention.
+    """Save the router of ``source``, moved to other shares of sparse attention.
 
     Args:
         source: a saved router, or a packaged one's name.

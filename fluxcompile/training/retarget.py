@@ -1,4 +1,4 @@
-"""``retarget_router``: a trained router's shares of sparse attention, moved by thresholds."""
+"""``retarget_router``: a trained router's routes for each task, moved by thresholds."""
 
 import copy
 import logging
@@ -14,16 +14,21 @@ from fluxcompile.model_layers import unwrap
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training import backbone
+from fluxcompile.training.baselines import search_routes
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import check_served
+from fluxcompile.training.route_cost import Cost, route_cost
 from fluxcompile.training.tasks import resolve_tasks
-from fluxcompile.training.thresholds import choose_thresholds
+from fluxcompile.training.thresholds import separating_thresholds
 from fluxcompile.training.train import collator_for
 
 # Of a share, lest its logit be infinite: such a margin is beyond all doubt.
 _EDGE = 1e-7
 #: Times that thresholds are chosen: what a layer reads depends on the routes of those before it.
 ROUNDS = 2
+#: Of a task's prompts, for how many a layer must be full for the search to consider it.
+CONSIDERED = 0.1
+_LOGITS_CHUNK = 1024
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +47,22 @@ def retarget_router(
 ) -> tuple[FluxRouter, dict[str, float]]:
     """Move a trained router to other shares of sparse attention, task by task, without training.
 
-    Every layer gets a threshold of its own, the same for all prompts: which prompt goes above it
-    is still for the router to say. Where :meth:`FluxRouter.biased` moves all layers and tasks
-    together, this asks for a share on each task.
+    For each task the layers to be full are searched: from those that the router makes full for at
+    least a tenth of the task's prompts, again and again the one is made sparse that costs least, by
+    the divergence from full attention's predictions of the targets, until the wanted number is
+    left. Then every layer gets a threshold of its own, the same for all prompts, that tells the
+    tasks apart as well as its router can. How sure a router is does not say what a layer is worth:
+    where :meth:`FluxRouter.biased` moves all layers and tasks together by the one, this asks for
+    the other.
 
     Args:
         model: a causal language model, not compiled; unchanged afterwards.
         router: trained for ``model``, with a sparse mode that can be trained; unchanged.
-        data: as :func:`fluxcompile.train_router` takes it, some tens of examples of each task; only
-            what stands before an answer is read.
-        tasks: name → share of layers to be sparse, as there; here it is of the hard routes.
+        data: as :func:`fluxcompile.train_router` takes it, some tens of examples of each task. They
+            are run for every layer that the search tries: about ``k²/2`` times, with ``k`` layers
+            that the router considers.
+        tasks: name → share of layers to be sparse, as there; here it is of the hard routes, rounded
+            to whole layers.
         tokenizer: for data that is text.
         batch_size: examples at once.
         max_length: of an example, in tokens.
@@ -60,7 +71,7 @@ def retarget_router(
 
     Returns:
         A new router, on the CPU; and the share of sparse attention that it reaches on the data, by
-        task. Shares cannot always be met: a layer may not tell two prompts apart.
+        task. Shares cannot always be met: a layer's router may not tell two tasks apart.
 
     Raises:
         ConfigError: the router's sparse mode has no training graph.
@@ -81,22 +92,58 @@ def retarget_router(
     device = next(model.parameters()).device
     moved = copy.deepcopy(router).to(device).eval().requires_grad_(False)
     collate = collator_for(model, known)
-    batches = [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
-    full = torch.tensor([1 - task.target for task in known.values()])
+    batches: list[list[Mapping[str, Tensor]]] = []  # of each task, of like lengths
+    for name in known:
+        rows = sorted((row for row in examples if row.task == name), key=len)
+        batches.append([collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
+    every = [batch for of_task in batches for batch in of_task]
     with backbone.attached(model, moved), backbone.frozen(model):
         language_model = LanguageModel.of(model).checked(model)
         how = {"regional": regional, "lowering": lowering}
         run = backbone.running(model, language_model.body, moved, **how)
         with backbone.compiler_settings(None):
+            margins, tasks, routed = _read(moved, every, run)
+            found = []
+            for i_task, (name, task) in enumerate(known.items()):
+                cost = route_cost(moved, language_model, run, batches[i_task], _LOGITS_CHUNK)
+                shares = (margins[tasks == i_task] > 0).double().mean(dim=0)
+                count = round((1 - task.target) * len(routed))
+                found.append(worth_most(cost, len(router.layers), routed, shares, count))
+                logger.info("%s: full in layers %s", name, found[-1])
+            full = torch.tensor([[layer in layers for layer in routed] for layers in found])
             for _ in range(ROUNDS):
-                margins, of_task, routed = _read(moved, batches, run)
-                _apply(moved, routed, choose_thresholds(margins, of_task, full))
-            margins, of_task, _ = _read(moved, batches, run)
+                _apply(moved, routed, separating_thresholds(margins, tasks, full))
+                margins, tasks, _ = _read(moved, every, run)
     sparse = (margins <= 0).double().mean(dim=1)
-    reached = {name: float(sparse[of_task == i_task].mean()) for i_task, name in enumerate(known)}
+    reached = {name: float(sparse[tasks == i_task].mean()) for i_task, name in enumerate(known)}
     for name, task in known.items():
         logger.info("%s: %.3f sparse, %.3f wanted", name, reached[name], task.target)
     return moved.cpu().requires_grad_(True), reached
+
+
+def worth_most(
+    cost: Cost, layers: int, routed: Sequence[int], shares: Tensor, count: int
+) -> list[int]:
+    """The ``count`` layers to keep full for a task.
+
+    Args:
+        cost: of routes of all ``layers`` layers, on the task.
+        routed: the layers to choose from.
+        shares: of the task's prompts, for how many each of these is full.
+    """
+    considered = shares >= CONSIDERED
+    if int(considered.sum()) < count:
+        considered[:] = True
+
+    def cost_of_routed(routes: Sequence[int]) -> float:
+        whole = [1] * layers
+        for layer, route in zip(routed, routes, strict=True):
+            whole[layer] = route
+        return cost(whole)
+
+    others = (~considered).nonzero().flatten().tolist()
+    found = search_routes(cost_of_routed, len(routed), len(routed) - count, others)
+    return [layer for layer, route in zip(routed, found, strict=True) if route]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ on from there.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -16,9 +16,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import standardized
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.baselines import Routes, greedy_order
-
-Cost = Callable[[Routes], float]
+from fluxcompile.training.baselines import Routes, search_routes
+from fluxcompile.training.route_cost import Cost
 
 GREEDY = "greedy"
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
@@ -66,7 +65,10 @@ def start_routes(
         costs: of every task, what routes cost on it; for the search.
     """
     if start == GREEDY:
-        found = {task: _greedy(costs[task], layers, targets[task]) for task in targets}
+        found = {
+            task: search_routes(costs[task], layers, round(target * layers))
+            for task, target in targets.items()
+        }
         for task, routes in found.items():
             logger.info("start routes of %s: %s", task, ",".join(map(str, routes)))
         return found
@@ -119,9 +121,3 @@ def _decide(layer: torch.nn.Module, read: torch.Tensor) -> torch.Tensor:
     """Logit of full attention over sparse, fp32 ``[N]``, from standardised features."""
     logits = layer.head(layer.encoder(read))
     return logits[:, 1] - logits[:, 0]
-
-
-def _greedy(cost: Cost, layers: int, target: float) -> Routes:
-    count = round(target * layers)
-    sparse = set(range(layers) if count == layers else greedy_order(cost, layers, count))
-    return tuple(int(layer not in sparse) for layer in range(layers))

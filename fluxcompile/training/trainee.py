@@ -1,19 +1,17 @@
 """What the trainer sees as its model: frozen backbone, routers and multipliers in one module."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from fluxcompile.router import FluxRouter
-from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.calibration import calibrate, read_features
-from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
-from fluxcompile.training.objective import routed_sparsity, row_means, sparsity_term
-from fluxcompile.training.patterns import pinning_noise
+from fluxcompile.training.objective import routed_sparsity, sparsity_term
+from fluxcompile.training.route_cost import Cost, route_cost
 from fluxcompile.training.routed_module import RoutedModule
 
 
@@ -84,37 +82,9 @@ class Trainee(RoutedModule):
                 found.setdefault(layer, []).append(features.cpu())
         return {layer: torch.cat(features) for layer, features in found.items()}
 
-    @torch.no_grad()
-    def fixed(
-        self, batches: Iterable[Mapping[str, torch.Tensor]]
-    ) -> Callable[[Sequence[int]], float]:
-        """What fixed routes cost on ``batches``: the divergence from full attention, mean of rows.
-
-        Returns:
-            A function of one 0 or 1 (full attention) a layer.
-        """
-        language_model, run = self._language_model
-        device = next(self.router.parameters()).device
-        prepared = []
-        for batch in batches:
-            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-            targets = Targets.of(batch["labels"].to(device))
-            teacher = language_model.target_states(language_model.body, ids, mask, targets)
-            prepared.append((ids, mask, targets, teacher, batch.get("prompt_length")))
-
-        @torch.no_grad()
-        def cost(routes: Sequence[int]) -> float:
-            full, rows = torch.tensor([routes], dtype=torch.bool, device=device), []
-            for ids, mask, targets, teacher, prompt_length in prepared:
-                noise = pinning_noise(full.expand(len(ids), -1))
-                with soft_routes(self.router, noise=noise, prompt_length=prompt_length):
-                    losses = language_model.losses(
-                        run, ids, mask, targets, self.logits_chunk, teacher
-                    )
-                rows.append(row_means(losses.divergence, targets.rows, len(ids)))
-            return float(torch.cat(rows).double().mean())
-
-        return cost
+    def fixed(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Cost:
+        """:func:`route_cost` on ``batches``, through the graph that trains."""
+        return route_cost(self.router, *self._language_model, batches, self.logits_chunk)
 
     def forward(
         self,

@@ -9,53 +9,79 @@ from fluxcompile import FluxRouter, train_router
 from fluxcompile.attachment import attachment_of
 from fluxcompile.errors import ConfigError, DataError, RouterError
 from fluxcompile.training import retarget_router
-from fluxcompile.training.thresholds import choose_thresholds
+from fluxcompile.training.retarget import worth_most
+from fluxcompile.training.thresholds import separating_thresholds
 from tests.router_models import tiny_llama
 from tests.training.tiny import CONFIG, QUICK, routes_on, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
+FIRST_FULL = torch.tensor([[True], [False]])  # of two tasks, in one layer
 
 
-def full_share(margins, thresholds):
-    return (margins > thresholds).double().mean(dim=1)
-
-
-@pytest.mark.parametrize("wanted", [(0.25, 0.75), (0.5, 0.5), (0.1, 0.5), (0.75, 0.25)])
-def test_thresholds_give_each_task_its_share(wanted):
-    """Even against what the margins say: in half of the layers they prefer the other task."""
+def test_thresholds_part_tasks_that_are_to_be_routed_differently():
+    """Prompts of one task lie above, those of the other below, wherever the two meet."""
     torch.manual_seed(0)
-    tasks = torch.arange(200) % 2
-    side = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0)
-    margins = torch.randn(200, 16) + 4 * side * (2 * tasks[:, None] - 1) + torch.randn(16)
-    shares = full_share(margins, choose_thresholds(margins, tasks, torch.tensor(wanted)))
-    for task, share in enumerate(wanted):
-        # A layer's prompts lie close: nearly all of them cross its threshold at once.
-        assert shares[tasks == task].mean() == pytest.approx(share, abs=0.04)
+    tasks = torch.arange(60) % 2
+    where = 10 * torch.randn(8)
+    margins = where + torch.rand(60, 8) + 1.5 * (1 - tasks[:, None])
+    full = torch.tensor([[True] * 8, [False] * 8])
+    chosen = margins > separating_thresholds(margins, tasks, full)
+    assert torch.equal(chosen, full[tasks])
 
 
-def test_thresholds_keep_the_largest_margins():
-    """One task: of all thresholds with its share, no other keeps more."""
+def test_thresholds_err_least_and_tasks_weigh_alike():
+    """Half of task 1's two prompts is worth more than a fifth of task 0's five."""
+    margins = torch.tensor([5.0, 4.0, 3.0, 2.0, -1.0, 2.5, -2.0])[:, None]
+    tasks = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    threshold = separating_thresholds(margins, tasks, FIRST_FULL)
+    assert threshold.tolist() == [2.75]
+
+
+def test_a_layer_that_cannot_tell_tasks_apart_is_full():
+    margins, tasks = torch.zeros(10, 1), torch.arange(10) % 2
+    assert bool((margins > separating_thresholds(margins, tasks, FIRST_FULL)).all())
+
+
+def test_all_prompts_cross_a_threshold_together_where_all_are_to_be_alike():
     torch.manual_seed(0)
-    margins = torch.randn(64, 8) + torch.randn(8)
-    thresholds = choose_thresholds(margins, torch.zeros(64, dtype=torch.int64), torch.tensor([0.4]))
-    chosen = margins > thresholds
-    count = int(chosen.sum())
-    assert count == pytest.approx(0.4 * margins.numel(), abs=1)
-    best = margins.flatten().sort(descending=True).values[:count].sum()
-    assert margins[chosen].sum() == pytest.approx(float(best), rel=1e-6)
+    margins, tasks = torch.randn(20, 2), torch.arange(20) % 2
+    full = torch.tensor([[True, False], [True, False]])
+    chosen = margins > separating_thresholds(margins, tasks, full)
+    assert chosen[:, 0].all()
+    assert not chosen[:, 1].any()
 
 
 def test_layers_that_are_sure_stay_as_sure():
-    """Their thresholds are what they were, 0, where all of their prompts go the same way."""
+    """Their thresholds are what they were, 0, where all of their prompts go the way they should."""
     margins = torch.tensor([[-16.0, 16.0, 1.0], [-15.0, 15.0, 3.0]])
-    thresholds = choose_thresholds(margins, torch.zeros(2, dtype=torch.int64), torch.tensor([0.5]))
+    full = torch.tensor([[False, True, False], [False, True, True]])
+    thresholds = separating_thresholds(margins, torch.tensor([0, 1]), full)
     assert thresholds.tolist() == [0, 0, 2]
 
 
-def test_equal_margins_are_not_torn_apart():
-    margins = torch.zeros(10, 3)
-    thresholds = choose_thresholds(margins, torch.arange(10) % 2, torch.tensor([0.5, 0.5]))
-    assert set(full_share(margins, thresholds).tolist()) <= {0.0, 1 / 3, 2 / 3, 1.0}
+def cost_of_sparse(worth):
+    """A cost of routes: what their sparse layers are worth, together."""
+    return lambda routes: sum(
+        value for value, route in zip(worth, routes, strict=True) if not route
+    )
+
+
+def test_layers_kept_full_are_those_that_cost_most_without():
+    """Of those considered: layer 4 is worth most, but hardly any prompt makes it full."""
+    cost = cost_of_sparse([3, 1, 2, 5, 9])
+    shares = torch.tensor([1.0, 1.0, 0.5, 0.05])
+    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 2) == [0, 2]
+    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 4) == [0, 1, 2, 4]
+    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 0) == []
+    # None is considered: all are.
+    assert worth_most(cost, 5, [0, 1, 2, 4], torch.zeros(4), 2) == [0, 4]
+
+
+def test_layers_considered_by_themselves_cost_nothing_to_find():
+    def cost(routes):
+        raise AssertionError("nothing is left to choose")
+
+    assert worth_most(cost, 3, [0, 1, 2], torch.tensor([1.0, 0.0, 0.2]), 2) == [0, 2]
 
 
 @pytest.fixture(scope="module")
