@@ -62,9 +62,12 @@ CONFIGS = {
 }
 
 
-@triton.jit(do_not_specialize=["n_keys", "n_even", "n_splits"])
+@triton.jit(
+    do_not_specialize=["stride_route", "n_keys", "n_even", "n_splits"],
+    do_not_specialize_on_alignment=["p_route"],  # a column of all layers' routes
+)
 def split_kernel(
-    p_q, p_k, p_v, p_part, p_max, p_sum, p_bounds, p_valid, p_route,
+    p_q, p_k, p_v, p_part, p_max, p_sum, p_bounds, p_valid, p_route, stride_route,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     n_keys, n_even, n_splits, score_scale, cap_scale, softcap,
@@ -99,7 +102,7 @@ def split_kernel(
     local_start = tl.load(p_bounds + 2)
     end = tl.minimum(tl.load(p_bounds + 3), n_keys)
     if HAS_ROUTE:
-        dense = tl.load(p_route + i_batch) != 0
+        dense = tl.load(p_route + i_batch * stride_route) != 0
         sink_end = tl.where(dense, low, sink_end)
         local_start = tl.where(dense, low, local_start)
     sink_end = tl.maximum(sink_end, low)
@@ -250,7 +253,7 @@ def decode_attention(
         split_kernel[(batch * kv_heads, tiles, most)](
             q, k, v, part, maxima, sums, query_bounds.contiguous(),
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
-            q if route is None else route.contiguous().view(torch.uint8),
+            *((q, 0) if route is None else (route.view(torch.uint8), route.stride(0))),
             *row_strides(q), *row_strides(k), *row_strides(v),
             keys, even, most, *score_scales(scale, softcap), float(softcap),
             KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, HEAD_DIM=head_dim,

@@ -271,8 +271,10 @@ def decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu") -> Decode:
     poison(kv[0], seen)
     poison(kv[1], seen)
     k, v = kv.to(dtype).to(device)
-    rest = (None if x is None else x.to(device) for x in (query_bounds, valid, route))
-    return Decode(case, q.to(dtype).to(device), k, v, *rest)
+    if route is not None:  # a column of all layers' routes, as a graph hands it over
+        route = torch.stack([~route, route, ~route], dim=1).to(device)[:, 1]
+    query_bounds, valid = (None if x is None else x.to(device) for x in (query_bounds, valid))
+    return Decode(case, q.to(dtype).to(device), k, v, query_bounds, valid, route)
 
 
 def assert_within_bound(operands: Prefill | Decode, out: Tensor) -> None:
