@@ -14,9 +14,19 @@ _LOG2_E = math.log2(math.e)
 SMALLEST_TILE = 16  # rows or columns that a tensor-core matmul needs at least
 
 
+def ceil_div(length: int, size: int) -> int:
+    """Pieces of ``size`` that hold ``length``. (Triton's takes ten times as long on the host.)"""
+    return -(-length // size)
+
+
+def power_of_two(length: int) -> int:
+    """``length``, at least 1, rounded up to a power of two."""
+    return 1 << (length - 1).bit_length()
+
+
 def tile(length: int) -> int:
     """``length`` rounded up to a power of two that a matmul tile may have."""
-    return max(SMALLEST_TILE, 1 << (length - 1).bit_length())
+    return max(SMALLEST_TILE, power_of_two(length))
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -29,7 +39,8 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
 
     Such a stride is never used, and an odd one would make the kernel be compiled anew.
     """
-    return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))
+    lengths, strides = x.shape, x.stride()
+    return tuple([strides[i] if lengths[i] > 1 else 0 for i in range(3)])
 
 
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:

@@ -10,7 +10,9 @@ Names: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block, 
 ``M`` tile rows (query head and query), ``N`` keys, ``D`` head dim, ``S`` splits.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +21,10 @@ from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
 from fluxcompile.kernels.launch import (
+    ceil_div,
     limits_of,
     overlaps,
+    power_of_two,
     row_strides,
     score_scales,
     tile,
@@ -234,40 +238,83 @@ def decode_attention(
     q, k, v = map(unit_stride, (q, k, v))
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    group, block_d = heads // kv_heads, tile(head_dim)
-    config = config or CONFIGS[block_d, q.element_size()]
-    block_m = tile_rows(group, queries)
-    tiles = triton.cdiv(group * queries, block_m)
-    programs = batch * kv_heads * tiles
-    even, most = choose_splits(programs, batch, keys, config.block_n, _sm_count(q.device))
-    if splits is not None:
-        even = most = splits
+    plan = plan_of(
+        batch, heads, queries, head_dim, kv_heads, keys, q.dtype, q.device, config, splits
+    )
     out = q.new_empty(batch, queries, heads, head_dim)
     if not out.numel():
         return out
-    part = q.new_empty(batch, queries, heads, most, head_dim, dtype=torch.float32)
-    maxima = q.new_empty(batch, queries, heads, most, dtype=torch.float32)
+    part = q.new_empty(batch, queries, heads, plan.most, head_dim, dtype=torch.float32)
+    maxima = q.new_empty(batch, queries, heads, plan.most, dtype=torch.float32)
     sums = torch.empty_like(maxima)
-    overlap = overlaps(q.device)
     with torch.cuda.device_of(q):
-        split_kernel[(batch * kv_heads, tiles, most)](
+        split_kernel[(batch * kv_heads, plan.tiles, plan.most)](
             q, k, v, part, maxima, sums, query_bounds.contiguous(),
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
             *((q, 0) if route is None else (route.view(torch.uint8), route.stride(0))),
             *row_strides(q), *row_strides(k), *row_strides(v),
-            keys, even, most, *score_scales(scale, softcap), float(softcap),
-            KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, HEAD_DIM=head_dim,
-            BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=config.block_n,
-            HAS_VALID=key_valid is not None, HAS_ROUTE=route is not None,
-            HAS_SOFTCAP=softcap > 0, OVERLAP=overlap,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            keys, plan.even, plan.most, *score_scales(scale, softcap), float(softcap),
+            HAS_VALID=key_valid is not None, HAS_ROUTE=route is not None, HAS_SOFTCAP=softcap > 0,
+            **plan.split,
         )  # fmt: skip
         combine_kernel[(batch * queries * heads,)](
-            part, maxima, sums, out, most,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(most),
-            OVERLAP=overlap, num_warps=2, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
+            part, maxima, sums, out, plan.most, **plan.combine
+        )
     return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch takes from shapes alone.
+
+    Attributes:
+        tiles: of query rows, a KV head.
+        even, most: splits, see :func:`choose_splits`.
+        split, combine: each kernel's constants, and its launch's own settings.
+    """
+
+    tiles: int
+    even: int
+    most: int
+    split: dict[str, Any]
+    combine: dict[str, Any]
+
+
+@functools.lru_cache(256)  # all layers of a step launch the same few
+def plan_of(
+    batch: int,
+    heads: int,
+    queries: int,
+    head_dim: int,
+    kv_heads: int,
+    keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: Config | None,
+    splits: int | None,
+) -> Plan:
+    """Of ``q`` ``[batch, heads, queries, head_dim]`` and ``k`` ``[batch, kv_heads, keys, ...]``."""
+    group, block_d = heads // kv_heads, tile(head_dim)
+    config = config or CONFIGS[block_d, dtype.itemsize]
+    block_m = tile_rows(group, queries)
+    tiles = ceil_div(group * queries, block_m)
+    programs = batch * kv_heads * tiles
+    even, most = choose_splits(programs, batch, keys, config.block_n, _sm_count(device))
+    if splits is not None:
+        even = most = splits
+    overlap = overlaps(device)
+    split = {
+        "KV_HEADS": kv_heads, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim,
+        "BLOCK_M": block_m, "BLOCK_D": block_d, "BLOCK_N": config.block_n, "OVERLAP": overlap,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    combine = {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_S": power_of_two(most),
+        "OVERLAP": overlap, "num_warps": 2,
+    }  # fmt: skip
+    if overlap:
+        combine["launch_pdl"] = True
+    return Plan(tiles, even, most, split, combine)
 
 
 def tile_rows(group: int, queries: int) -> int:

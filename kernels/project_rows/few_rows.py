@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from fluxcompile.kernels.launch import H100, SMALLEST_TILE, Limits
+from fluxcompile.kernels.launch import H100, SMALLEST_TILE, Limits, ceil_div, power_of_two
 from fluxcompile.kernels.project_rows.matrices import matrix_of
 
 BLOCK_M = 16
@@ -36,10 +36,10 @@ def choose_config(
     Measured on an H100, with 8 rows in bf16 and the matrices of Llama-3.1-8B; elsewhere a guess.
     """
     rows, columns, num_warps = 32, 256, 4
-    tiles = sum(triton.cdiv(n, rows) for n in (features[:1] if gated else features))
+    tiles = sum(ceil_div(n, rows) for n in (features[:1] if gated else features))
     if tiles > limits.multiprocessors:  # not one each: larger tiles were faster then
         rows, columns, num_warps = 64, 128, 8
-    columns = min(columns, max(SMALLEST_TILE, triton.next_power_of_2(inputs)))
+    columns = min(columns, max(SMALLEST_TILE, power_of_two(inputs)))
     stage = 2 * columns * (rows * (2 if gated else 1) + BLOCK_M)  # bytes
     fitting = max(1, (limits.shared_memory - _BESIDE_STAGES) // stage)
     return Config(rows, columns, num_warps, min(4 if gated else 5, fitting))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from fluxcompile.kernels.launch import power_of_two
 from fluxcompile.kernels.project_rows.matrices import matrix_of
 
 
@@ -32,7 +33,7 @@ def choose_config(inputs: int, gated: bool = False) -> Config:
     """For matrices with ``inputs`` columns. Measured on a Hopper GPU."""
     if inputs > _WHOLE_ROW:
         return Config(2, 2048, 8)
-    columns = triton.next_power_of_2(inputs)
+    columns = power_of_two(inputs)
     return Config(1 if gated else 2, columns, max(1, min(8, columns // (32 * _LANE))))
 
 
