@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --lengths 131072 --omega 0 0.5 0.75 --json decode.json
     python benchmarks/decode.py --lengths 32768 --batch 8 --routes static mixed
+    python benchmarks/decode.py --lengths 32768 --router-pairs 10 --only routers  # routers' cost
     python benchmarks/decode.py --device cpu --tiny --lowering eager         # does it run?
 
 Random weights of a known shape. The caches hold random keys and values and the routes of a short
@@ -12,6 +13,7 @@ over the rate of a large copy on this machine. No mask is passed, as there is no
 
 Beside the time: what the host takes to give a step to an idle device, and how often during timed
 steps a CUDA graph was captured, a graph compiled, or (in further steps) the device waited for.
+What routers cost may be less than two contenders differ by anyway: turns on one cache tell it.
 """
 
 import argparse
@@ -19,8 +21,11 @@ import re
 import statistics
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
+from router_cost import RouterCost
 from transformers import PreTrainedModel
 
 import fluxcompile
@@ -34,7 +39,8 @@ from common import (
     print_table,
     synchronise,
 )
-from decode_contenders import ROUTES, Contender, Runner, contenders
+from decode_contenders import ROUTES, Contender, Runner, contenders, routed_contenders
+from decode_pairs import Turns
 from decode_reference import reference_logits
 from models import SHAPES, decode_bytes, kv_token_bytes, load_model
 from record import Record, dtype_on, failure, parse_with_common
@@ -57,6 +63,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sink", type=int, default=fluxcompile.FluxConfig().sink)
     parser.add_argument("--local", type=int, default=fluxcompile.FluxConfig().local)
     parser.add_argument("--steps", type=int, default=50, help="under the clock")
+    parser.add_argument(
+        "--router-pairs",
+        type=int,
+        default=0,
+        help="time this many pairs of blocks of --steps, 2 or more, under a fixed pattern (each "
+        "--omega) and under routers that decide the same, on one of each of --caches: what routers "
+        "cost",
+    )
     return parse_with_common(parser, arguments)
 
 
@@ -75,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             decode.run(record)
             title = f"a decode step at {length} tokens, batch {batch}, {args.shape}"
             rows = [row for row in record.rows if row["setting"] == decode.setting]
+            rows = [row for row in rows if "added" not in row]  # another thing than a step's time
             if rows:
                 print_table(title, [table_row(row) for row in rows])
     if wrong := record.finish():
@@ -114,23 +129,36 @@ class Decode:
     @torch.no_grad()
     def run(self, record: Record) -> None:
         for contender in contenders(self.args, self.batch):
-            name = f"{self.setting}: {contender.name}"
-            if record.has(name) or (self.args.only and not re.search(self.args.only, name)):
-                continue
-            row = {"name": name, "setting": self.setting, "length": self.length,
-                   "batch": self.batch, **vars(contender)}  # fmt: skip
-            started = time.perf_counter()
-            try:
-                row |= self.skipped() or self.measure(contender)
-            except WrongLogits as problem:
-                row["wrong"] = str(problem)
-            except Exception as problem:
-                traceback.print_exc()
-                row |= failure(problem, self.args.device)
-            row["took"] = time.perf_counter() - started
-            print(f"{name}: {brief(row)} ({row['took']:.0f} s)", flush=True)
-            record.add(row)
-            forget_compiled(self.args.device)
+            self.add_row(record, contender.name, contender, self.measure)
+        for contender in routed_contenders(self.args) if self.args.router_pairs else ():
+            name = f"routers, {contender.cache} cache, Ω={contender.omega:.2f}"
+            self.add_row(record, name, contender, self.router_cost)
+
+    def add_row(
+        self,
+        record: Record,
+        name: str,
+        contender: Contender,
+        measure: Callable[[Contender], dict],
+    ) -> None:
+        """What ``measure`` finds, or why it does not, unless it is there or not wanted."""
+        args, name = self.args, f"{self.setting}: {name}"
+        if record.has(name) or (args.only and not re.search(args.only, name)):
+            return
+        row = {"name": name, "setting": self.setting, "length": self.length,
+               "batch": self.batch, **vars(contender)}  # fmt: skip
+        started = time.perf_counter()
+        try:
+            row |= self.skipped() or measure(contender)
+        except WrongLogits as problem:
+            row["wrong"] = str(problem)
+        except Exception as problem:
+            traceback.print_exc()
+            row |= failure(problem, args.device)
+        row["took"] = time.perf_counter() - started
+        print(f"{name}: {brief(row)} ({row['took']:.0f} s)", flush=True)
+        record.add(row)
+        forget_compiled(args.device)
 
     def skipped(self) -> dict:
         """Why the cache does not fit into the device's memory; empty if it does."""
@@ -147,9 +175,7 @@ class Decode:
         device, args = self.args.device, self.args
         full = contender.full(self.layers, self.batch)
         expected = self.reference(full)
-        runner = Runner(
-            contender, self.model, self.config, full, self.prompt, self.length, args.lowering
-        )
+        runner = self.runner(contender, full)
         try:
             fill(runner.cache, self.filling)
             stepper = Stepper(runner.compiled(), runner.cache, self.tokens[-1][:, None])
@@ -181,6 +207,28 @@ class Decode:
             runner.close()
         return row
 
+    def router_cost(self, contender: Contender) -> dict:
+        """Lay out, check the fixed pattern and the router, warm both up, time them in turns."""
+        args, full = self.args, contender.full(self.layers, self.batch)
+        expected = self.reference(full)
+        runner = self.runner(contender, full)
+        try:
+            turns = Turns(runner, self.filling, self.tokens[-1][:, None])
+            error = turns.check(self.tokens, expected)
+            for stepper in (turns.fixed, turns.routed):
+                turns.seconds(stepper, WARM_UP)
+            with watched() as events:
+                cost = turns.cost(args.steps, args.router_pairs)
+        finally:
+            runner.close()
+        happened = {"captures": events.captures, "compiles": events.compiles}
+        return asdict(cost) | happened | {"error": error}
+
+    def runner(self, contender: Contender, full: torch.Tensor) -> Runner:
+        return Runner(
+            contender, self.model, self.config, full, self.prompt, self.length, self.args.lowering
+        )
+
     def reference(self, full: torch.Tensor) -> torch.Tensor:
         key = tuple(full.flatten().tolist())
         if key not in self.references:
@@ -199,6 +247,8 @@ def brief(row: dict) -> str:
     for problem in ("wrong", "failed", "skipped"):
         if problem in row:
             return f"{problem.upper()}: {row[problem]}"
+    if "added" in row:
+        return str(RouterCost(row["static"], row["added"], row["control"]))
     return f"{1000 * row['median']:.2f} ms, {row['median'] / row['floor']:.2f} of the floor"
 
 

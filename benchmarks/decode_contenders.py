@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from router_cost import untuned
 from torch._inductor import list_mode_options
 from transformers import PreTrainedModel
 
@@ -60,6 +61,13 @@ def contenders(args: argparse.Namespace, batch: int) -> Iterator[Contender]:
                     continue
                 for with_graphs in graphs:
                     yield Contender("flux", cache, with_graphs, omega, routes)
+
+
+def routed_contenders(args: argparse.Namespace) -> Iterator[Contender]:
+    """Those whose routers are measured against the same routes as a fixed pattern."""
+    for cache in args.caches:
+        for omega in args.omega:
+            yield Contender("flux", cache, args.device == "cuda", omega, "router")
 
 
 class Runner:
@@ -119,14 +127,28 @@ class Runner:
             return self.model
         if self.contender.compiler == "inductor":
             return torch.compile(self.model, mode="reduce-overhead" if graphs else None)
+        return self._flux(self._options(self.lowering), {})
+
+    def fixed_and_routed(self) -> tuple[Callable, Callable]:
+        """The same routes as a fixed pattern and by the router, neither tuned by timing."""
+        untimed = untuned(self.model.device.type)
         options = self._options(self.lowering)
-        if graphs:  # torch.compile takes mode or options
-            options["inductor"] = list_mode_options("reduce-overhead")
-        return torch.compile(self.model, backend="flux", options=options)
+        fixed = self._flux({**options, "routes": self._pattern}, untimed)
+        return fixed, self._flux(options, untimed)
+
+    def _flux(self, options: dict, inductor: dict) -> Callable:
+        if self.contender.graphs:  # torch.compile takes mode or options
+            inductor = list_mode_options("reduce-overhead") | inductor
+        return torch.compile(self.model, backend="flux", options={**options, "inductor": inductor})
 
     def _options(self, lowering: str) -> dict:
-        routes = "router" if self.routed else self.full[0].int().tolist()
+        routes = "router" if self.routed else self._pattern
         return {"lowering": lowering, "routes": routes, "config": self.config, "strict": True}
+
+    @property
+    def _pattern(self) -> list[int]:
+        """One 0/1 a layer; of rows that are routed alike."""
+        return self.full[0].int().tolist()
 
     def close(self) -> None:
         if self.routed:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from router_cost import RouterCost, measured_cost, untuned
 from transformers import DynamicCache, PreTrainedModel
 
 import fluxcompile
@@ -52,30 +53,6 @@ class Result:
     sites: int | None = None
     peak_memory: int = 0
     error: float | None = None
-
-
-@dataclass(frozen=True)
-class RouterCost:
-    """What routers add to the same routes as a fixed pattern.
-
-    Attributes:
-        static: seconds of the fixed pattern, median.
-        added: seconds by which routed calls took longer, pair by pair.
-        control: the same of a graph against itself.
-    """
-
-    static: float
-    added: list[float]
-    control: list[float]
-
-    def __str__(self) -> str:
-        share, control = statistics.median(self.added) / self.static, _middle(self.control)
-        return f"{_middle(self.added)}, {share:+.2%}; a graph against itself: {control}"
-
-
-def _middle(added: list[float]) -> str:
-    low, median, high = (1000 * value for value in statistics.quantiles(added, n=4))
-    return f"{median:+.2f} ms (quartiles {low:+.2f} to {high:+.2f})"
 
 
 def peers(args: argparse.Namespace, layers: int) -> list[Peer]:
@@ -209,16 +186,8 @@ class Prefill:
 
     @torch.no_grad()
     def router_cost(self, pairs: int, routes: tuple[int, ...]) -> RouterCost:
-        """What the routers add to one call, from pairs of calls made one after the other.
-
-        Clocks and power drift by more than routers cost, and the second call of a pair meets a
-        warmer GPU: each pair is timed in both orders, and the same graph against itself tells
-        what is left of either. Inductor tunes pointwise kernels by timing them, so that the same
-        kernel may come out slower in one of two graphs; here neither graph is tuned.
-        """
-        device = self.args.device
-        untuned = {"triton.autotune_pointwise": False} if device == "cuda" else {}
-        options = {"inductor": untuned, "config": self.config}
+        """What the routers add to one call, from pairs of calls made one after the other."""
+        options = {"inductor": untuned(self.args.device), "config": self.config}
         without = self.flux(routes=routes, **options)
         self.last_logits(without)
         self.attach(routes)
@@ -226,22 +195,16 @@ class Prefill:
         try:
             for call in (routed, without, routed):
                 self.last_logits(call)
-            return RouterCost(
-                static=median_seconds(lambda: self.last_logits(without), 3, device),
-                added=[self.difference(without, routed) for _ in range(pairs)],
-                control=[self.difference(without, without) for _ in range(pairs)],
+            fixed_run, routed_run = (
+                functools.partial(self.call_seconds, call) for call in (without, routed)
             )
+            return measured_cost(fixed_run, routed_run, pairs)
         finally:
             fluxcompile.detach(self.model)
-            forget_compiled(device)
+            forget_compiled(self.args.device)
 
-    def difference(self, one: Callable, other: Callable) -> float:
-        """Seconds that ``other`` takes longer than ``one``, the mean over both orders."""
-        turns = [(one, -0.5), (other, 0.5), (other, 0.5), (one, -0.5)]
-        return sum(
-            sign * median_seconds(lambda call=call: self.last_logits(call), 1, self.args.device)
-            for call, sign in turns
-        )
+    def call_seconds(self, call: Callable) -> float:
+        return median_seconds(lambda: self.last_logits(call), 1, self.args.device)
 
     def floor(self, routes: tuple[int, ...]) -> float:
         sparse = pairs_streaming(self.length, self.config.sink, self.config.local)

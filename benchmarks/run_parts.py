@@ -47,8 +47,7 @@ class Part:
 
 DECODE = "--omega 0 0.5 0.75 --routes static"
 MEMORY = "--only eager|flux,.flux"  # flux keeps all tokens in other caches, as eager does
-# Steps that the host bounds differ by more from call to call than routers could add.
-DECODE_ROUTERS = "--omega 0 0.5 0.75 --routes static router --caches flux --only ^KV.*flux...graphs"
+DECODE_ROUTERS = "--omega 0 0.5 0.75 --caches flux --router-pairs 10 --steps 20 --only routers"
 
 PARTS = (
     Part("prefill-8k", "prefill", f"--lengths {8 * K} --omega 0.5 0.75 --router --repeat 10", 4),

@@ -214,6 +214,12 @@ def decode(length, compiler, cache, seconds, omega=0.0, routes="static", graphs=
             "routes": routes, "median": seconds, "floor": floor}  # fmt: skip
 
 
+def cost(length, omega, static, added, **more):
+    return {"name": f"{length}: routers, Ω={omega:.2f}", "length": length, "batch": 1,
+            "omega": omega, "routes": "router", "static": static,
+            "added": [added - 1, added, added + 1], "control": [0.0, 0.0], **more}  # fmt: skip
+
+
 @pytest.fixture
 def results(scripts):
     at_32k, at_128k = 32 * K, 128 * K
@@ -227,18 +233,17 @@ def results(scripts):
                 prefill(at_128k, "flux Ω=0.50", 5.0, floor=4.0, omega=0.5),
                 {"name": f"{at_128k} tokens: flux Ω=0.75", "wrong": "logits differ"}]),
             "routers-32k": record("prefill", [
-                {"name": "routers", "length": at_32k, "omega": omega, "static": 1.0,
-                 "added": [added, added], "control": [0.0, 0.0]}
-                for omega, added in ((0.5, 0.002), (0.75, 0.02))]),
+                cost(at_32k, omega, 1.0, added) for omega, added in ((0.5, 0.002), (0.75, 0.02))]),
             "decode-128k": record("decode", [
                 decode(at_128k, "inductor", "static", 50e-3, graphs=True),
                 decode(at_128k, "flux", "static", 9e-3, 0.5),
                 {**decode(at_128k, "flux", "flux", 8e-3, 0.5, graphs=True), "run": "yesterday"}]),
             "decode-routers-128k": record("decode", [
-                decode(at_128k, "flux", "flux", 15e-3, 0.5),
-                decode(at_128k, "flux", "flux", 18e-3, 0.5, "router"),
-                decode(at_128k, "flux", "flux", 8e-3, 0.5, graphs=True),
-                decode(at_128k, "flux", "flux", 8.04e-3, 0.5, "router", graphs=True)]),
+                cost(at_128k, omega, 8e-3, added, graphs=True)
+                for omega, added in ((0.0, 0.04e-3), (0.5, -0.01e-3))]),
+            "decode-routers-32k": record("decode", [  # as it was before there were pairs
+                decode(at_32k, "flux", "flux", 8e-3, 0.5, graphs=True),
+                decode(at_32k, "flux", "flux", 9e-3, 0.5, "router", graphs=True)]),
         }
     )  # fmt: skip
 
@@ -258,8 +263,12 @@ def test_goals_are_judged_by_their_rows(scripts, results):
     assert plain.note == "flux + graphs, flux cache, Ω=0.50, static; rows of several runs"
     routers = found["routers against the same fixed routes, prefill 32K"]
     assert (routers.found, routers.met_must) == ("+2.00%", False)
+    assert routers.note == "worst of Ω 0.5, 0.75"
     routers = found["routers against the same fixed routes, decode at 128K"]
     assert (routers.found, routers.met_must, routers.met_aim) == ("+0.50%", True, False)
+    assert routers.note == "worst of Ω 0, 0.5, with CUDA graphs"
+    older = found["routers against the same fixed routes, decode at 32K"]
+    assert (older.found, older.met_must, older.note) == ("—", None, "not run")
     assert found["KV bytes at 128K, Ω=0.75, of all tokens'"].met_must is None
 
 
@@ -280,7 +289,7 @@ def test_parts_leave_out_no_row_that_a_goal_reads(scripts):
     from memory import contenders as memory_contenders
 
     from compile_worker import CONTENDERS
-    from decode_contenders import contenders
+    from decode_contenders import contenders, routed_contenders
 
     args = argparse.Namespace(tiny=False, lowering="inductor")
     parsed = {part.name: part.parsed(args) for part in scripts.parts.PARTS}
@@ -299,6 +308,12 @@ def test_parts_leave_out_no_row_that_a_goal_reads(scripts):
     assert {("flux", True, 0.0), ("static", False, 0.0), ("flux", True, 0.75)} <= set(flux)
     assert ("static", True, 0.75) not in flux
     assert "inductor + graphs, static cache" in [one.name for one in at_8k]
+    routers = parsed["decode-routers-128k"]
+    assert not [one for one in contenders(routers, 1) if re.search(routers.only, one.name)]
+    assert routers.router_pairs
+    assert [(one.cache, one.graphs, one.omega) for one in routed_contenders(routers)] == [
+        ("flux", True, omega) for omega in (0.0, 0.5, 0.75)
+    ]
 
 
 def test_figures_of_parts_side_by_side_say_so(scripts, results):

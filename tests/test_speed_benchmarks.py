@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fluxcompile
+from fluxcompile import runtime
 from tests.scripts import FOLDER, forget_scripts
 
 CONFIG = fluxcompile.FluxConfig(sink=64, local=256)
@@ -65,6 +66,34 @@ def test_decode_script_runs_on_a_cpu(run):
         assert row["error"] < 1e-5
         assert row["compiles"] == row["captures"] == 0
     assert sparse["floor"] == mixed["floor"] < full["floor"]
+
+
+def test_routers_and_the_fixed_pattern_take_turns_on_one_cache(run, monkeypatch):
+    taken = []
+    incoming = runtime.CompiledGraph._incoming
+
+    def noted(self, inputs):
+        routes = incoming(self, inputs)
+        if not self._io.decides:
+            taken.append(routes.full.tolist())
+        return routes
+
+    monkeypatch.setattr(runtime.CompiledGraph, "_incoming", noted)
+    rows = run(
+        "decode", "--lengths", "600", "--steps", "2", "--router-pairs", "2", "--only", "routers",
+        "--sink", "64", "--local", "256", "--omega", "0.5", "--caches", "flux", "static",
+    )  # fmt: skip
+    assert list(rows) == ["routers, flux cache, Ω=0.50", "routers, static cache, Ω=0.50"]
+    for row in rows.values():
+        assert (row["length"], row["batch"], row["omega"], row["graphs"]) == (600, 1, 0.5, False)
+        assert row["static"] > 0
+        assert len(row["added"]) == len(row["control"]) == 2
+        assert row["compiles"] == row["captures"] == 0
+        assert row["error"] < 1e-5
+    # 3 steps are checked, 12 warm up, and 2 pairs have 2 routed blocks of 4 steps each.
+    steps = 3 + 12 + 2 * 2 * 4
+    trimmed, whole = [[True]], [[False, True]]  # a trimmed layer is routed no more
+    assert taken == [trimmed] * steps + [whole] * steps
 
 
 @torch.no_grad()
