@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from router_cost import RouterCost
 from transformers import PreTrainedModel
 
 import fluxcompile
@@ -44,6 +43,7 @@ from decode_pairs import Turns
 from decode_reference import reference_logits
 from models import SHAPES, decode_bytes, kv_token_bytes, load_model
 from record import Record, dtype_on, failure, parse_with_common
+from router_cost import RouterCost
 from stepping import Stepper, watched
 
 CHECKED, WARM_UP, HOST, WATCHED = 3, 10, 10, 5  # steps

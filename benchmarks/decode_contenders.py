@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from router_cost import untuned
 from torch._inductor import list_mode_options
 from transformers import PreTrainedModel
 
 import fluxcompile
 from caches import new_cache
 from fluxcompile import FluxConfig
+from router_cost import untuned
 from routing import check_routes, router_for, rows_alike, rows_mixed
 
 ROUTES = ("static", "router", "mixed")

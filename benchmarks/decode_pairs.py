@@ -8,13 +8,13 @@ both read and write the same memory, and every block of steps begins with the sa
 import statistics
 
 import torch
-from router_cost import RouterCost, measured_cost
 from transformers.cache_utils import Cache
 
 from caches import Filling, fill
 from checking import checked_error
 from decode_contenders import Runner
 from fluxcompile.kept_routes import KeptRoutes, keep, kept
+from router_cost import RouterCost, measured_cost
 from routing import WrongRoutes
 from stepping import Stepper
 

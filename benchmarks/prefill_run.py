@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from router_cost import RouterCost, measured_cost, untuned
 from transformers import DynamicCache, PreTrainedModel
 
 import fluxcompile
@@ -16,6 +15,7 @@ from checking import checked_error
 from common import PeakMemory, forget_compiled, median_seconds, seconds, synchronise
 from fluxcompile.backend import last_compile_stats
 from models import pairs_full, pairs_streaming, prefill_flops
+from router_cost import RouterCost, measured_cost, untuned
 from routing import check_routes, router_for, spread_dense
 
 
