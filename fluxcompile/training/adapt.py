@@ -14,6 +14,7 @@ from fluxcompile.training import backbone, checkpoint
 from fluxcompile.training.adaptation import AdaptationTrainer, Adapted
 from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.language_model import LanguageModel
+from fluxcompile.training.patterns import check_served
 from fluxcompile.training.processes import barrier
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.train import collator_for, prepare_examples
@@ -53,7 +54,8 @@ def adapt_backbone(
         ``model``, or the ``PeftModel`` around it, in eval mode on the device that trained.
 
     Raises:
-        ConfigError: an unknown or impossible argument, or ``peft`` is not installed.
+        ConfigError: an unknown or impossible argument, sparse attention without a gradient, or
+            ``peft`` is not installed.
         DataError: data that cannot be trained on.
         RouterError: ``router`` belongs to another model.
         RewriteError: an attention that the compiler cannot train through, and why.
@@ -62,6 +64,7 @@ def adapt_backbone(
     model = unwrap(model)
     backbone.check_trainable(model)
     router.check_model(model)
+    check_served(router.config)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = CompiledTrainingArguments.of_run(training_arguments, output_dir, scratch)
         known = resolve_tasks(tasks)

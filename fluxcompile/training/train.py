@@ -24,6 +24,7 @@ from fluxcompile.training.compiled_arguments import CompiledTrainingArguments
 from fluxcompile.training.examples import Example
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
+from fluxcompile.training.patterns import check_served
 from fluxcompile.training.processes import barrier
 from fluxcompile.training.record import write_card
 from fluxcompile.training.sharding import sharded
@@ -69,7 +70,7 @@ def train_router(
         The router, on the CPU and in eval mode, not attached.
 
     Raises:
-        ConfigError: an unknown or impossible argument.
+        ConfigError: an unknown or impossible argument, or sparse attention without a gradient.
         DataError: data that cannot be trained on.
         RouterError: ``router`` belongs to another model, or ``model`` has no attention layers.
         RewriteError: an attention that the compiler cannot route, and why.
@@ -81,6 +82,7 @@ def train_router(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = RouterTrainingArguments.of_run(training_arguments, output_dir, scratch)
         router = _router(model, config, router, arguments)
+        check_served(router.config)
         known = resolve_tasks(tasks)
         examples = prepare_examples(model, router.config, data, tokenizer, known, arguments)
         used = {example.task for example in examples}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,9 @@ def test_what_cannot_be_adapted_is_refused(monkeypatch):
     router = mixed_router(model)
     with pytest.raises(ConfigError, match="temperature_start"):
         adapt_backbone(model, router, tiny_data(4), temperature_start=1.0, **SETTINGS)
+    without_gradient = FluxRouter.from_model(model, replace(router.config, sparse="power"))
+    with pytest.raises(ConfigError, match="'streaming', 'triangle'"):
+        adapt_backbone(model, without_gradient, tiny_data(4), **SETTINGS)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"fluxcompile\[peft\]"):
         adapt_backbone(model, router, tiny_data(4), peft_config=object(), **SETTINGS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,8 @@ def test_training_goes_on_from_a_router_and_keeps_what_was_attached():
         ({"tasks": {"retrieval": 2.0}}, DataError, "retrieval"),
         ({"min_length": 1000}, FluxError, "1000"),
         ({"resume_from_checkpoint": True}, ConfigError, "output_dir"),
+        ({"config": replace(CONFIG, sparse="power")}, ConfigError, "'streaming', 'triangle'"),
+        ({"config": replace(CONFIG, retrieval="xattention")}, ConfigError, "full retrieval"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
