@@ -10,6 +10,7 @@ import torch
 from fluxcompile import smollm2
 from fluxcompile.errors import FluxError, OptionError
 from fluxcompile.packaged import packaged_routers
+from fluxcompile.training.command import device_and_dtype
 
 PACKAGED_ROUTER = "smollm2-135m"
 
@@ -56,18 +57,14 @@ class DemoSettings:
         """Fill in defaults and check what can be checked before the model is loaded.
 
         Raises:
-            OptionError: routes that are not known, or a device that is not there.
+            OptionError: routes that are not known, or a GPU that is not there.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise OptionError.mismatch("--device", "a device PyTorch can see", device)
+        device, dtype = device_and_dtype(device, dtype)
         if device == "cpu" and lowering == "inductor" and not _has_cpp_compiler():
             raise FluxError(
                 "Inductor needs a C++ compiler on a CPU and none is on PATH: install g++ (or "
                 "clang++), or pass --lowering aot_eager"
             )
-        if dtype is None:
-            dtype = "float32" if device == "cpu" else "bfloat16"
         chosen, note, deciding = _choose_routes(routes, router)
         return cls(
             tokens=tokens,
