@@ -258,7 +258,7 @@ def device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise OptionError.mismatch("--device", "a machine with a GPU", "one without")
+        raise OptionError.mismatch("--device", "a machine with a GPU", f"{device} on one without")
     return device, dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
