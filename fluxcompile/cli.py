@@ -288,6 +288,7 @@ def retarget(
             regional=regional,
             device=device,
             dtype=dtype.value if dtype else None,
+            report=typer.echo,
         )
     for name, share in reached.items():
         typer.echo(f"{name}: {share:.3f} of the layers sparse")

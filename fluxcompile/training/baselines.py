@@ -181,20 +181,28 @@ def greedy_routes(
 
 
 def search_routes(
-    cost: Callable[[Routes], float], layers: int, sparse_layers: int, sparse: Sequence[int] = ()
+    cost: Callable[[Routes], float],
+    layers: int,
+    sparse_layers: int,
+    sparse: Sequence[int] = (),
+    found: Callable[[int], None] | None = None,
 ) -> Routes:
     """Routes of ``sparse_layers`` sparse layers that greedy search finds.
 
     Args:
-        cost, layers, sparse_layers, sparse: as :func:`greedy_order` takes them.
+        cost, layers, sparse_layers, sparse, found: as :func:`greedy_order` takes them.
     """
     if sparse_layers == layers:  # nothing to choose
         return _routes(layers, range(layers))
-    return _routes(layers, greedy_order(cost, layers, sparse_layers, sparse))
+    return _routes(layers, greedy_order(cost, layers, sparse_layers, sparse, found))
 
 
 def greedy_order(
-    cost: Callable[[Routes], float], layers: int, sparse_layers: int, sparse: Sequence[int] = ()
+    cost: Callable[[Routes], float],
+    layers: int,
+    sparse_layers: int,
+    sparse: Sequence[int] = (),
+    found: Callable[[int], None] | None = None,
 ) -> list[int]:
     """Layers in the order in which greedy search makes them sparse.
 
@@ -205,12 +213,15 @@ def greedy_order(
         layers: how many there are.
         sparse_layers: how many to choose.
         sparse: layers that are sparse to begin with, at most as many; the first of the order.
+        found: takes each further layer as soon as it is found.
     """
     order = list(sparse)
     while len(order) < sparse_layers:
         left = [layer for layer in range(layers) if layer not in order]
         costs = {layer: cost(_routes(layers, [*order, layer])) for layer in left}
         order.append(min(left, key=costs.__getitem__))
+        if found is not None:
+            found(order[-1])
     return order
 
 

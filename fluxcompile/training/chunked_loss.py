@@ -51,6 +51,10 @@ class TokenLosses(NamedTuple):
     divergence: torch.Tensor
     certainty: torch.Tensor
 
+    def weighted(self, certainty: float) -> torch.Tensor:
+        """The divergence, multiplied by the teacher's certainty, or by ``certainty`` of it."""
+        return self.divergence * (1 + certainty * (self.certainty - 1))
+
 
 def token_losses(
     hidden: torch.Tensor,

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def retarget(
     regional: bool,
     device: str | None,
     dtype: str | None,
+    report: Callable[[str], None],
 ) -> dict[str, float]:
     """Save the router of ``source``, moved to other shares of sparse attention.
 
@@ -127,7 +128,7 @@ def retarget(
         model, data, length, mixture, tasks: as :func:`train` takes them.
         examples, seed: of a built-in mixture.
         batch: examples at once.
-        lowering, regional: see :func:`fluxcompile.training.retarget_router`.
+        lowering, regional, report: see :func:`fluxcompile.training.retarget_router`.
         device: None: a GPU if there is one.
         dtype: of the model; None: bfloat16 on a GPU, float32 on a CPU.
 
@@ -158,6 +159,7 @@ def retarget(
         batch_size=batch,
         lowering=lowering,
         regional=regional,
+        report=report,
     )
     lines = "\n".join(
         f"| {name} | {targets[name]} | {share:.3f} |" for name, share in reached.items()

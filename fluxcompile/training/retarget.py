@@ -44,16 +44,18 @@ def retarget_router(
     max_length: int = 65536,
     lowering: str = "inductor",
     regional: bool = False,
+    report: Callable[[str], None] = logger.info,
 ) -> tuple[FluxRouter, dict[str, float]]:
     """Move a trained router to other shares of sparse attention, task by task, without training.
 
     For each task the layers to be full are searched: from those that the router makes full for at
     least a tenth of the task's prompts, again and again the one is made sparse that costs least, by
     the divergence from full attention's predictions of the targets, until the wanted number is
-    left. Then every layer gets a threshold of its own, the same for all prompts, that tells the
-    tasks apart as well as its router can. How sure a router is does not say what a layer is worth:
-    where :meth:`FluxRouter.biased` moves all layers and tasks together by the one, this asks for
-    the other.
+    left. (Weighted with the probability that full attention gives to the target: of what that does
+    not know there is nothing to lose.) Then every layer gets a threshold of its own, the same for
+    all prompts, that tells the tasks apart as well as its router can. How sure a router is does not
+    say what a layer is worth: where :meth:`FluxRouter.biased` moves all layers and tasks together
+    by the one, this asks for the other.
 
     Args:
         model: a causal language model, not compiled; unchanged afterwards.
@@ -68,6 +70,7 @@ def retarget_router(
         max_length: of an example, in tokens.
         lowering: as the backend's option.
         regional: compile decoder layers one by one, equal ones once.
+        report: takes a line for every layer that the search makes sparse, and for what is left.
 
     Returns:
         A new router, on the CPU; and the share of sparse attention that it reaches on the data, by
@@ -105,24 +108,34 @@ def retarget_router(
             margins, tasks, routed = _read(moved, every, run)
             found = []
             for i_task, (name, task) in enumerate(known.items()):
-                cost = route_cost(moved, language_model, run, batches[i_task], _LOGITS_CHUNK)
+                cost = route_cost(
+                    moved, language_model, run, batches[i_task], _LOGITS_CHUNK, certainty=1.0
+                )
                 shares = (margins[tasks == i_task] > 0).double().mean(dim=0)
                 count = round((1 - task.target) * len(routed))
-                found.append(worth_most(cost, len(router.layers), routed, shares, count))
-                logger.info("%s: full in layers %s", name, found[-1])
+                found.append(
+                    worth_most(
+                        cost, len(router.layers), routed, shares, count,
+                        lambda layer, name=name: report(f"{name}: layer {layer} can be sparse"),
+                    )
+                )  # fmt: skip
+                report(f"{name}: layers {found[-1]} stay full")
             full = torch.tensor([[layer in layers for layer in routed] for layers in found])
             for _ in range(ROUNDS):
                 _apply(moved, routed, separating_thresholds(margins, tasks, full))
                 margins, tasks, _ = _read(moved, every, run)
     sparse = (margins <= 0).double().mean(dim=1)
     reached = {name: float(sparse[tasks == i_task].mean()) for i_task, name in enumerate(known)}
-    for name, task in known.items():
-        logger.info("%s: %.3f sparse, %.3f wanted", name, reached[name], task.target)
     return moved.cpu().requires_grad_(True), reached
 
 
 def worth_most(
-    cost: Cost, layers: int, routed: Sequence[int], shares: Tensor, count: int
+    cost: Cost,
+    layers: int,
+    routed: Sequence[int],
+    shares: Tensor,
+    count: int,
+    found: Callable[[int], None] = lambda layer: None,
 ) -> list[int]:
     """The ``count`` layers to keep full for a task.
 
@@ -130,6 +143,7 @@ def worth_most(
         cost: of routes of all ``layers`` layers, on the task.
         routed: the layers to choose from.
         shares: of the task's prompts, for how many each of these is full.
+        found: takes each layer that the search makes sparse.
     """
     considered = shares >= CONSIDERED
     if int(considered.sum()) < count:
@@ -142,8 +156,10 @@ def worth_most(
         return cost(whole)
 
     others = (~considered).nonzero().flatten().tolist()
-    found = search_routes(cost_of_routed, len(routed), len(routed) - count, others)
-    return [layer for layer, route in zip(routed, found, strict=True) if route]
+    routes = search_routes(
+        cost_of_routed, len(routed), len(routed) - count, others, lambda i: found(routed[i])
+    )
+    return [layer for layer, route in zip(routed, routes, strict=True) if route]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ def route_cost(
     run: Callable[..., Any],
     batches: Iterable[Mapping[str, torch.Tensor]],
     logits_chunk: int,
+    certainty: float = 0.0,
 ) -> Cost:
     """How far predictions diverge from full attention's, mean of rows, as a function of routes.
 
@@ -33,6 +34,8 @@ def route_cost(
         batches: each with ``input_ids``, ``attention_mask`` and ``labels``, ``[B, S]``, and maybe
             ``prompt_length`` ``[B]``.
         logits_chunk: target tokens whose logits exist at one time.
+        certainty: how far the divergence at a token is multiplied by the probability that full
+            attention gives to it.
     """
     device = next(router.parameters()).device
     prepared = []
@@ -49,7 +52,7 @@ def route_cost(
             noise = pinning_noise(full.expand(len(ids), -1))
             with soft_routes(router, noise=noise, prompt_length=prompt_length):
                 losses = language_model.losses(run, ids, mask, targets, logits_chunk, teacher)
-            rows.append(row_means(losses.divergence, targets.rows, len(ids)))
+            rows.append(row_means(losses.weighted(certainty), targets.rows, len(ids)))
         return float(torch.cat(rows).double().mean())
 
     return cost

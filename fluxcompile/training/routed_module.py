@@ -84,9 +84,8 @@ class RoutedModule(nn.Module):
                 run, input_ids, attention_mask, targets, self.logits_chunk, teacher
             )
             shares, routed = routes.shares(), routes.routed
-        weighted = losses.divergence * (1 + certainty * (losses.certainty - 1))
         means = [
             row_means(values, targets.rows, len(input_ids))
-            for values in (losses.cross_entropy, weighted)
+            for values in (losses.cross_entropy, losses.weighted(certainty))
         ]
         return Rows(*means, shares[:, routed], routed)

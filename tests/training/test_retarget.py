@@ -70,7 +70,9 @@ def test_layers_kept_full_are_those_that_cost_most_without():
     """Of those considered: layer 4 is worth most, but hardly any prompt makes it full."""
     cost = cost_of_sparse([3, 1, 2, 5, 9])
     shares = torch.tensor([1.0, 1.0, 0.5, 0.05])
-    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 2) == [0, 2]
+    found = []
+    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 2, found.append) == [0, 2]
+    assert found == [1]
     assert worth_most(cost, 5, [0, 1, 2, 4], shares, 4) == [0, 1, 2, 4]
     assert worth_most(cost, 5, [0, 1, 2, 4], shares, 0) == []
     # None is considered: all are.
@@ -100,8 +102,10 @@ def test_a_router_reaches_other_shares_and_says_which(taught, regional):
     data = tiny_data(32, tokens_tell_tasks=True)
     before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
     wanted = {"retrieval": 0.0, "holistic": 0.5}
-    how = {"lowering": "eager", "regional": regional}
+    lines = []
+    how = {"lowering": "eager", "regional": regional, "report": lines.append}
     moved, reached = retarget_router(model, router, data, tasks=wanted, **how)
+    assert lines == ["retrieval: layers [0, 1] stay full", "holistic: layers [1] stay full"]
     assert attachment_of(model) is None
     full = routes_on(model, moved, data)
     for name, share in wanted.items():
