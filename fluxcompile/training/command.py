@@ -22,8 +22,8 @@ _BIASED = """
 After training, {bias:+g} was added to every layer's logit of full attention.
 """
 _RETARGETED = """
-After training, the layers that stay full were searched for each task, and a threshold chosen for each
-layer, on {rows}, towards these shares of sparse attention:
+After training, the layers that stay full were searched for each task, and a threshold chosen for
+each layer, on {rows}, towards these shares of sparse attention:
 
 | task | wanted | reached there |
 |---|---|---|
