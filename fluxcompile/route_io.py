@@ -34,9 +34,8 @@ def route_io(
         return dataclasses.replace(io, growing=growing, valids=valids)
     sites = routes.columns
     positions = {node: position for position, node in enumerate(placeholders)}
-    append_output(gm, routes.decided)
     past = next((site.past_key for site in sites if site.past_key is not None), None)
-    return RouteIO(
+    io = RouteIO(
         layers=tuple(site.layer for site in sites),
         layer_names=tuple(planner.layer_name(site) for site in sites),
         takes_routes=routes.routes_input is not None,
@@ -50,6 +49,9 @@ def route_io(
         valids=valids,
         trimmed=trimmed_layers(result.sites),
     )
+    if not io.keeps_routes:
+        append_output(gm, routes.decided)
+    return io
 
 
 def _static_io(

@@ -68,6 +68,15 @@ class RouteIO:
         return not self.records_static
 
     @property
+    def keeps_routes(self) -> bool:
+        """Routes leave as they came, and the graph has none among its outputs.
+
+        To put those of all layers together again would be work in every decode step, and a CUDA
+        graph's output would not last.
+        """
+        return self.takes_routes and not self.decides
+
+    @property
     def records_static(self) -> bool:
         return self.decides and self.model_key is not None and self.batch_input is not None
 
@@ -95,10 +104,12 @@ class CompiledGraph:
             incoming = self._incoming(inputs)
             outputs = list(self._compiled(*inputs, incoming.full))
         else:
-            incoming = None
             outputs = list(self._compiled(*inputs))
-        routes = outputs.pop()
-        self._hand_on(inputs, outputs, routes, incoming)
+        if io.keeps_routes:
+            leaving = KeptRoutes(io.layers, incoming.full, sparse=incoming.sparse)
+        else:
+            leaving = KeptRoutes(io.layers, outputs.pop())
+        self._hand_on(inputs, outputs, leaving)
         return outputs
 
     def _incoming(self, inputs: Sequence[Any]) -> KeptRoutes:
@@ -124,18 +135,9 @@ class CompiledGraph:
             self._warned = True
             warnings.warn(message, FluxWarning, stacklevel=3)
 
-    def _hand_on(
-        self,
-        inputs: Sequence[Any],
-        outputs: list[Any],
-        routes: torch.Tensor,
-        incoming: KeptRoutes | None,
-    ) -> None:
+    def _hand_on(self, inputs: Sequence[Any], outputs: list[Any], leaving: KeptRoutes) -> None:
         io = self._io
-        known = incoming is not None and not io.decides
-        # Routes that are known are handed on as they came: a CUDA graph's output would not last.
-        full, sparse = (incoming.full, incoming.sparse) if known else (routes, None)
-        leaving = KeptRoutes(io.layers, full, sparse=sparse)
+        routes = leaving.full
         carrier = None
         if io.growing:
             if any(layer.needs_route(outputs) for layer in io.growing):
