@@ -4,14 +4,13 @@ The lists are those of ``triton.py``; a tile is one query block, a step one KV b
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
 from fluxcompile.kernels.block_sparse.triton import block_lists
-from fluxcompile.kernels.launch import limits_of, score_scales
+from fluxcompile.kernels.launch import ceil_div, limits_of, score_scales
 from fluxcompile.kernels.streaming.hopper import (
     BLOCK_M,
     CONFIGS,
@@ -209,7 +208,7 @@ def attention(
     tiles = heads * batch * query_blocks
     chunk = chunk or choose_chunk(tiles, limits_of(q.device).multiprocessors)
     with torch.cuda.device_of(q):
-        attention_kernel[(triton.cdiv(tiles, chunk),)](
+        attention_kernel[(ceil_div(tiles, chunk),)](
             *descriptors(q, k, v, out, BLOCK), lists, counts,
             q if bounds is None else bounds.contiguous(),
             q if q_start is None else q_start,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
+from fluxcompile.kernels.launch import power_of_two, row_strides, score_scales, tile, unit_stride
 
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
@@ -263,7 +263,7 @@ def block_lists(
             *row_strides(block_mask),
             block_mask.shape[2], key_blocks, q.shape[2], k.shape[2], window,
             MASK_HEADS=block_mask.shape[1], BLOCK=block,
-            BLOCK_J=triton.next_power_of_2(key_blocks),
+            BLOCK_J=power_of_two(key_blocks),
             HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
             HAS_ROUTE=route is not None, HAS_WINDOW=window > 0,
         )  # fmt: skip

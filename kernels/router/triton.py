@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcompile.kernels.launch import row_strides, unit_stride
+from fluxcompile.kernels.launch import ceil_div, power_of_two, row_strides, unit_stride
 from fluxcompile.layer_router import LayerRouter
 
 _TOKENS = 256  # query tokens a step, at most
@@ -96,8 +96,8 @@ def route_rows(
     with torch.cuda.device_of(picked):
         pool_kernel[(heads, batch)](
             picked, token_weight.contiguous(), x, tokens, *row_strides(picked),
-            HEADS=heads, HEAD_DIM=width, BLOCK_D=triton.next_power_of_2(width),
-            BLOCK_T=min(triton.next_power_of_2(tokens), _TOKENS), num_warps=16,
+            HEADS=heads, HEAD_DIM=width, BLOCK_D=power_of_two(width),
+            BLOCK_T=min(power_of_two(tokens), _TOKENS), num_warps=16,
         )  # fmt: skip
         _decide(x, heads, matrices, biases, route)
     return route
@@ -124,18 +124,18 @@ def _decide(
     inputs = matrix.shape[1]
     decide_kernel[(x.shape[0],)](
         x, matrix.contiguous(), bias, route.view(torch.uint8),
-        IN=inputs, BLOCK_K=triton.next_power_of_2(inputs),
+        IN=inputs, BLOCK_K=power_of_two(inputs),
     )  # fmt: skip
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor, parts: int, activated: bool) -> Tensor:
     outputs, inputs = matrix.shape
     y = x.new_empty(x.shape[0], outputs)
-    block_n = triton.next_power_of_2(triton.cdiv(outputs, _PROGRAMS))
-    block_k = min(triton.next_power_of_2(inputs), _COLUMNS, max(_TILE // block_n, 16))
-    linear_kernel[(triton.cdiv(outputs, block_n), x.shape[0])](
+    block_n = power_of_two(ceil_div(outputs, _PROGRAMS))
+    block_k = min(power_of_two(inputs), _COLUMNS, max(_TILE // block_n, 16))
+    linear_kernel[(ceil_div(outputs, block_n), x.shape[0])](
         x, matrix, bias, y,
-        PARTS=parts, BLOCK_P=triton.next_power_of_2(parts), IN=inputs, OUT=outputs,
+        PARTS=parts, BLOCK_P=power_of_two(parts), IN=inputs, OUT=outputs,
         BLOCK_K=block_k, BLOCK_N=block_n, ACTIVATED=activated,
     )  # fmt: skip
     return y

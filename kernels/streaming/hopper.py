@@ -12,7 +12,6 @@ diagonal, edge, sink, then the full blocks, whose loop has no mask at all.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from fluxcompile.kernels.launch import limits_of, score_scales
+from fluxcompile.kernels.launch import ceil_div, limits_of, score_scales
 from fluxcompile.kernels.streaming.hopper_tiles import Keys, Problem
 
 # Triton renamed them.
@@ -374,9 +373,9 @@ def attention(
     batch, heads, queries, head_dim = q.shape
     config = config or CONFIGS[head_dim, q.dtype]
     out = q.new_empty(batch, queries, heads, head_dim)
-    tiles = heads * batch * triton.cdiv(queries, BLOCK_M)
+    tiles = heads * batch * ceil_div(queries, BLOCK_M)
     chunk = CHUNK
-    programs = triton.cdiv(tiles, chunk)
+    programs = ceil_div(tiles, chunk)
     if sink is not None and route is None and bounds is None and not last:
         # Tiles of equal length: one program a multiprocessor, each with its even share of them.
         chunk = 0

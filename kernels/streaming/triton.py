@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
+from fluxcompile.kernels.launch import ceil_div, row_strides, score_scales, tile, unit_stride
 
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
 _FLOOR = tl.constexpr(-1.0e30)
@@ -318,7 +318,7 @@ def attention(
     block_d = tile(head_dim)
     config = config or CONFIGS[block_d, q.element_size()]
     out = q.new_empty(batch, queries, heads, head_dim) if out is None else out
-    blocks = triton.cdiv(queries, config.block_m)
+    blocks = ceil_div(queries, config.block_m)
     if not out.numel():
         return out
     with torch.cuda.device_of(q):

@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
+from fluxcompile.kernels.launch import (
+    ceil_div,
+    power_of_two,
+    row_strides,
+    score_scales,
+    tile,
+    unit_stride,
+)
 
 _SLAB = 1 << 26  # fp32 numbers between the two kernels at a time: 256 MiB
 # Below every score and finite, so that a block without scores stays finite until its log is taken.
@@ -231,7 +238,7 @@ def block_mask(
     block_d = tile(head_dim)
     config = config or CONFIGS[block_d, q.element_size()]
     per_block = block // stride
-    query_blocks, key_blocks = triton.cdiv(queries, block), triton.cdiv(keys, block)
+    query_blocks, key_blocks = ceil_div(queries, block), ceil_div(keys, block)
     chosen = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.bool)
     if not chosen.numel():
         return chosen
@@ -252,7 +259,7 @@ def block_mask(
         for first in range(0, query_blocks, slab_blocks):
             blocks = min(slab_blocks, query_blocks - first)
             groups = blocks * per_block
-            tiles = triton.cdiv(groups, config.block_a)
+            tiles = ceil_div(groups, config.block_a)
             score_kernel[(heads * tiles, batch)](
                 q, k, part, *where, *row_strides(q), *row_strides(k),
                 first * per_block, groups, key_blocks, queries, keys, window,
@@ -265,7 +272,7 @@ def block_mask(
                 part, chosen.view(torch.uint8), *where,
                 first * per_block, groups, query_blocks, key_blocks, queries, keys,
                 window, threshold,
-                BLOCK_J=triton.next_power_of_2(key_blocks), **shared,
-                num_warps=min(32, max(4, triton.next_power_of_2(key_blocks) // 512)),
+                BLOCK_J=power_of_two(key_blocks), **shared,
+                num_warps=min(32, max(4, power_of_two(key_blocks) // 512)),
             )  # fmt: skip
     return chosen

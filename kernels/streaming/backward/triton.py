@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcompile.kernels.launch import row_strides, score_scales, tile, unit_stride
+from fluxcompile.kernels.launch import ceil_div, row_strides, score_scales, tile, unit_stride
 from fluxcompile.kernels.streaming.triton import (
     UNLIMITED,
     Config,
@@ -409,12 +409,12 @@ def differentiate(
         "HAS_WINDOW": window > 0, "HAS_SOFTCAP": softcap > 0,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        blocks = triton.cdiv(queries, query_config.block_m)
+        blocks = ceil_div(queries, query_config.block_m)
         query_kernel[(heads * batch * blocks,)](
             dq, delta, grad_out, out.contiguous(), lse.contiguous(), *operands,
             HEADS=heads, **constants, **_launch(query_config),
         )  # fmt: skip
-        blocks = triton.cdiv(keys, key_config.block_n)
+        blocks = ceil_div(keys, key_config.block_n)
         key_kernel[(kv_heads * batch * blocks,)](
             dk, dv, delta, grad_out, lse.contiguous(), *operands,
             KV_HEADS=kv_heads, **constants, **_launch(key_config),
