@@ -70,6 +70,11 @@ def limits_of(device: torch.device) -> Limits:
     return Limits(has.multi_processor_count, has.shared_memory_per_block_optin)
 
 
+def set_up_early(device: torch.device) -> dict[str, bool]:
+    """What a launch takes whose kernel waits by itself for the one before it, where that is."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
 @functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel can be set up while the one before it runs (Hopper and later)."""

@@ -27,6 +27,7 @@ from fluxcompile.kernels.launch import (
     power_of_two,
     row_strides,
     score_scales,
+    set_up_early,
     tile,
     unit_stride,
 )
@@ -238,9 +239,7 @@ def decode_attention(
     q, k, v = map(unit_stride, (q, k, v))
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    plan = plan_of(
-        batch, heads, queries, head_dim, kv_heads, keys, q.dtype, q.device, config, splits
-    )
+    plan = plan_of(q.shape, k.shape, q.dtype, q.device, config, splits)
     out = q.new_empty(batch, queries, heads, head_dim)
     if not out.numel():
         return out
@@ -282,18 +281,16 @@ class Plan:
 
 @functools.lru_cache(256)  # all layers of a step launch the same few
 def plan_of(
-    batch: int,
-    heads: int,
-    queries: int,
-    head_dim: int,
-    kv_heads: int,
-    keys: int,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
     config: Config | None,
     splits: int | None,
 ) -> Plan:
-    """Of ``q`` ``[batch, heads, queries, head_dim]`` and ``k`` ``[batch, kv_heads, keys, ...]``."""
+    """For operands of :func:`decode_attention` in these shapes."""
+    batch, heads, queries, head_dim = q_shape
+    kv_heads, keys = k_shape[1:3]
     group, block_d = heads // kv_heads, tile(head_dim)
     config = config or CONFIGS[block_d, dtype.itemsize]
     block_m = tile_rows(group, queries)
@@ -302,18 +299,16 @@ def plan_of(
     even, most = choose_splits(programs, batch, keys, config.block_n, _sm_count(device))
     if splits is not None:
         even = most = splits
-    overlap = overlaps(device)
     split = {
         "KV_HEADS": kv_heads, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim,
-        "BLOCK_M": block_m, "BLOCK_D": block_d, "BLOCK_N": config.block_n, "OVERLAP": overlap,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "BLOCK_M": block_m, "BLOCK_D": block_d, "BLOCK_N": config.block_n,
+        "OVERLAP": overlaps(device), "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }  # fmt: skip
     combine = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_S": power_of_two(most),
-        "OVERLAP": overlap, "num_warps": 2,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_S": power_of_two(most), "num_warps": 2,
+        **set_up_early(device),
     }  # fmt: skip
-    if overlap:
-        combine["launch_pdl"] = True
     return Plan(tiles, even, most, split, combine)
 
 

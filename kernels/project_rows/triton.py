@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fluxcompile.kernels.launch import ceil_div, limits_of, overlaps, unit_stride
+from fluxcompile.kernels.launch import ceil_div, limits_of, set_up_early, unit_stride
 from fluxcompile.kernels.project_rows import few_rows, one_row
 from fluxcompile.kernels.project_rows.op import result_shape
 
@@ -52,12 +52,9 @@ def plan_of(
         config = config or few_rows.choose_config(inputs, features, gated, limits_of(device))
         constants = {"num_stages": config.num_stages, "BLOCK_M": few_rows.BLOCK_M}
         constants["SCALE_FIRST"] = dtype == torch.float16
-    overlap = overlaps(device)
-    if overlap:
-        constants["launch_pdl"] = True
     constants |= {
         "IN": inputs, "ROWS": config.rows, "COLUMNS": config.columns, "GATED": gated,
-        "OVERLAP": overlap, "num_warps": config.num_warps,
+        "num_warps": config.num_warps, **set_up_early(device),
     }  # fmt: skip
     tiles = sum(ceil_div(n, config.rows) for n in (features[:1] if gated else features))
     return Plan(kernel, tiles, features + (0,) * (3 - len(features)), more, constants)
