@@ -105,10 +105,7 @@ class CompiledGraph:
             outputs = list(self._compiled(*inputs, incoming.full))
         else:
             outputs = list(self._compiled(*inputs))
-        if io.keeps_routes:
-            leaving = KeptRoutes(io.layers, incoming.full, sparse=incoming.sparse)
-        else:
-            leaving = KeptRoutes(io.layers, outputs.pop())
+        leaving = incoming if io.keeps_routes else KeptRoutes(io.layers, outputs.pop())
         self._hand_on(inputs, outputs, leaving)
         return outputs
 
@@ -137,7 +134,6 @@ class CompiledGraph:
 
     def _hand_on(self, inputs: Sequence[Any], outputs: list[Any], leaving: KeptRoutes) -> None:
         io = self._io
-        routes = leaving.full
         carrier = None
         if io.growing:
             if any(layer.needs_route(outputs) for layer in io.growing):
@@ -152,7 +148,7 @@ class CompiledGraph:
         if carrier is not None:
             keep(carrier, leaving)
         if io.decides and io.model_key is not None:
-            record_routes(inputs[io.model_key], Routes(routes, io.layer_names), io.generation)
+            record_routes(inputs[io.model_key], Routes(leaving.full, io.layer_names), io.generation)
 
     def _make_rings(
         self, inputs: Sequence[Any], outputs: list[Any], sparse: tuple[bool, ...] | None
