@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fluxcompile.evaluation import OneGraph, Prompt, builtin_prompts
-from fluxcompile.evaluation.scoring import CHUNK, Places
+from fluxcompile.evaluation.scoring import Places
 from fluxcompile.training.baselines import greedy_order, matrix_entropies
-from fluxcompile.training.chunked_loss import token_losses
+from fluxcompile.training.chunked_loss import LOGITS_CHUNK, token_losses
 from fluxcompile.training.objective import row_means
 
 BY = ("divergence", "loss")
@@ -74,7 +74,7 @@ class Search:
             states = graph.target_states(prompts, routes)
             places = Places.of(prompts, graph.device)
             teacher = None if teachers is None else teachers[i_batch]
-            losses = token_losses(states, places.tokens, head, CHUNK, teacher)
+            losses = token_losses(states, places.tokens, head, LOGITS_CHUNK, teacher)
             values = losses.cross_entropy if teacher is None else losses.divergence
             rows.append(row_means(values.double(), places.rows, len(prompts)))
         return float(torch.cat(rows)[: len(self._prompts)].mean())

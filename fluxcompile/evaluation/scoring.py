@@ -7,9 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fluxcompile.evaluation.prompts import Prompt
-from fluxcompile.training.chunked_loss import Head
-
-CHUNK = 1024  # targets whose logits [CHUNK, V] exist at one time
+from fluxcompile.training.chunked_loss import LOGITS_CHUNK, Head
 
 
 class Scores(NamedTuple):
@@ -60,7 +58,9 @@ def score(states: torch.Tensor, places: Places, head: Head, full: torch.Tensor) 
         full: bool ``[B, L]``.
     """
     losses, misses = [], []
-    for part, tokens in zip(states.split(CHUNK), places.tokens.split(CHUNK), strict=True):
+    for part, tokens in zip(
+        states.split(LOGITS_CHUNK), places.tokens.split(LOGITS_CHUNK), strict=True
+    ):
         logits = head(part)
         losses.append(cross_entropy(logits.float(), tokens, reduction="none"))
         misses.append(logits.argmax(dim=-1) != tokens)

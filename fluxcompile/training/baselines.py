@@ -181,20 +181,16 @@ def greedy_routes(
 
 
 def search_routes(
-    cost: Callable[[Routes], float],
-    layers: int,
-    sparse_layers: int,
-    sparse: Sequence[int] = (),
-    found: Callable[[int], None] | None = None,
+    cost: Callable[[Routes], float], layers: int, sparse_layers: int, **settings: Any
 ) -> Routes:
     """Routes of ``sparse_layers`` sparse layers that greedy search finds.
 
     Args:
-        cost, layers, sparse_layers, sparse, found: as :func:`greedy_order` takes them.
+        cost, layers, sparse_layers, settings: as :func:`greedy_order` takes them.
     """
     if sparse_layers == layers:  # nothing to choose
         return _routes(layers, range(layers))
-    return _routes(layers, greedy_order(cost, layers, sparse_layers, sparse, found))
+    return _routes(layers, greedy_order(cost, layers, sparse_layers, **settings))
 
 
 def greedy_order(

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a label that is no target, as everywhere in transformers
+LOGITS_CHUNK = 1024  # targets whose logits [LOGITS_CHUNK, V] exist at one time, unless asked for
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states [N, D] -> logits [N, V]
 

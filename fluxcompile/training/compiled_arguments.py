@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from fluxcompile.errors import ConfigError
 from fluxcompile.options import LOWERINGS
+from fluxcompile.training.chunked_loss import LOGITS_CHUNK
 
 _BUDGET = "use activation_memory_budget: the compiler decides what to recompute"
 
@@ -75,7 +76,7 @@ class CompiledTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Share of the activations kept for the backward pass."}
     )
     logits_chunk: int = field(
-        default=1024, metadata={"help": "Target tokens whose logits exist at one time."}
+        default=LOGITS_CHUNK, metadata={"help": "Target tokens whose logits exist at one time."}
     )
 
     #: Fields that are counts, and that are amounts of 0 or more.

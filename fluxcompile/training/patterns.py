@@ -14,13 +14,12 @@ from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.backbone import attached, compiled, frozen
-from fluxcompile.training.chunked_loss import Targets
+from fluxcompile.training.chunked_loss import LOGITS_CHUNK, Targets
 from fluxcompile.training.examples import Example
 from fluxcompile.training.language_model import LanguageModel
 
 # Noise that no logit outweighs: the softmax is exactly 0 or 1.
 _DECISIVE = 1e4
-_CHUNK = 1024
 
 
 def pinning_noise(full: torch.Tensor) -> torch.Tensor:
@@ -102,7 +101,7 @@ class PatternLoss(PatternGraph):
             prompt = torch.tensor([example.prompt_length], device=self.device)
             with soft_routes(self.router, noise=noise, prompt_length=prompt):
                 losses = self.language_model.losses(
-                    self.run, ids, torch.ones_like(ids), Targets.of(labels), _CHUNK
+                    self.run, ids, torch.ones_like(ids), Targets.of(labels), LOGITS_CHUNK
                 )
             total += float(losses.cross_entropy.mean())
         return total / len(examples)

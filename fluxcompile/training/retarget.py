@@ -15,6 +15,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training import backbone
 from fluxcompile.training.baselines import search_routes
+from fluxcompile.training.chunked_loss import LOGITS_CHUNK
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import check_served
 from fluxcompile.training.route_cost import Cost, route_cost
@@ -28,7 +29,6 @@ _EDGE = 1e-7
 ROUNDS = 2
 #: Of a task's prompts, for how many a layer must be full for the search to consider it.
 CONSIDERED = 0.1
-_LOGITS_CHUNK = 1024
 
 logger = logging.getLogger(__name__)
 
@@ -95,38 +95,38 @@ def retarget_router(
     device = next(model.parameters()).device
     moved = copy.deepcopy(router).to(device).eval().requires_grad_(False)
     collate = collator_for(model, known)
-    batches: list[list[Mapping[str, Tensor]]] = []  # of each task, of like lengths
+    batches: dict[str, list[Mapping[str, Tensor]]] = {}  # of like lengths
     for name in known:
         rows = sorted((row for row in examples if row.task == name), key=len)
-        batches.append([collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
-    every = [batch for of_task in batches for batch in of_task]
+        batches[name] = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    every = [batch for of_one in batches.values() for batch in of_one]
     with backbone.attached(model, moved), backbone.frozen(model):
         language_model = LanguageModel.of(model).checked(model)
         how = {"regional": regional, "lowering": lowering}
         run = backbone.running(model, language_model.body, moved, **how)
         with backbone.compiler_settings(None):
-            margins, tasks, routed = _read(moved, every, run)
-            found = []
+            margins, of_task, routed = _read(moved, every, run)
+            full = torch.zeros(len(known), len(routed), dtype=torch.bool)
             for i_task, (name, task) in enumerate(known.items()):
-                cost = route_cost(
-                    moved, language_model, run, batches[i_task], _LOGITS_CHUNK, certainty=1.0
-                )
-                shares = (margins[tasks == i_task] > 0).double().mean(dim=0)
+                given = moved, language_model, run, batches[name], LOGITS_CHUNK
+                cost = route_cost(*given, certainty=1.0)
+                shares = (margins[of_task == i_task] > 0).double().mean(dim=0)
                 count = round((1 - task.target) * len(routed))
-                found.append(
-                    worth_most(
-                        cost, len(router.layers), routed, shares, count,
-                        lambda layer, name=name: report(f"{name}: layer {layer} can be sparse"),
-                    )
-                )  # fmt: skip
-                report(f"{name}: layers {found[-1]} stay full")
-            full = torch.tensor([[layer in layers for layer in routed] for layers in found])
+                stay = worth_most(
+                    cost, len(router.layers), routed, shares, count, _teller(name, report)
+                )
+                report(f"{name}: layers {stay} stay full")
+                full[i_task] = torch.tensor([layer in stay for layer in routed])
             for _ in range(ROUNDS):
-                _apply(moved, routed, separating_thresholds(margins, tasks, full))
-                margins, tasks, _ = _read(moved, every, run)
+                _apply(moved, routed, separating_thresholds(margins, of_task, full))
+                margins, of_task, _ = _read(moved, every, run)
     sparse = (margins <= 0).double().mean(dim=1)
-    reached = {name: float(sparse[tasks == i_task].mean()) for i_task, name in enumerate(known)}
+    reached = {name: float(sparse[of_task == i_task].mean()) for i_task, name in enumerate(known)}
     return moved.cpu().requires_grad_(True), reached
+
+
+def _teller(task: str, report: Callable[[str], None]) -> Callable[[int], None]:
+    return lambda layer: report(f"{task}: layer {layer} can be sparse")
 
 
 def worth_most(
@@ -156,9 +156,8 @@ def worth_most(
         return cost(whole)
 
     others = (~considered).nonzero().flatten().tolist()
-    routes = search_routes(
-        cost_of_routed, len(routed), len(routed) - count, others, lambda i: found(routed[i])
-    )
+    search = {"sparse": others, "found": lambda i: found(routed[i])}
+    routes = search_routes(cost_of_routed, len(routed), len(routed) - count, **search)
     return [layer for layer, route in zip(routed, routes, strict=True) if route]
 
 
