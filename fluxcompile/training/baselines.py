@@ -199,6 +199,7 @@ def greedy_order(
     sparse_layers: int,
     sparse: Sequence[int] = (),
     found: Callable[[int], None] | None = None,
+    lazy: bool = False,
 ) -> list[int]:
     """Layers in the order in which greedy search makes them sparse.
 
@@ -210,14 +211,25 @@ def greedy_order(
         sparse_layers: how many to choose.
         sparse: layers that are sparse to begin with, at most as many; the first of the order.
         found: takes each further layer as soon as it is found.
+        lazy: Minoux's search (1978), several times as fast: a layer is tried again only where what
+            it added to the cost when it was last tried is less than the best adds now. It finds
+            what trying all finds, if no layer adds the less the more others are sparse.
     """
     order = list(sparse)
+    left = {layer: -math.inf for layer in range(layers) if layer not in order}  # added cost
+    before = cost(_routes(layers, order)) if lazy and len(order) < sparse_layers else 0.0
     while len(order) < sparse_layers:
-        left = [layer for layer in range(layers) if layer not in order]
-        costs = {layer: cost(_routes(layers, [*order, layer])) for layer in left}
-        order.append(min(left, key=costs.__getitem__))
+        tried: dict[int, float] = {}
+        for layer in sorted(left, key=left.__getitem__):
+            if lazy and tried and min(tried.values()) <= left[layer]:
+                break
+            tried[layer] = cost(_routes(layers, [*order, layer])) - before
+        left.update(tried)
+        best = min(tried, key=tried.__getitem__)
+        before += left.pop(best)
+        order.append(best)
         if found is not None:
-            found(order[-1])
+            found(best)
     return order
 
 

@@ -61,8 +61,8 @@ def retarget_router(
         model: a causal language model, not compiled; unchanged afterwards.
         router: trained for ``model``, with a sparse mode that can be trained; unchanged.
         data: as :func:`fluxcompile.train_router` takes it, some tens of examples of each task. They
-            are run for every layer that the search tries: about ``k²/2`` times, with ``k`` layers
-            that the router considers.
+            are run for every layer that the search tries: at most ``k²/2`` times, with ``k``
+            layers that the router considers.
         tasks: name → share of layers to be sparse, as there; here it is of the hard routes, rounded
             to whole layers.
         tokenizer: for data that is text.
@@ -156,7 +156,7 @@ def worth_most(
         return cost(whole)
 
     others = (~considered).nonzero().flatten().tolist()
-    search = {"sparse": others, "found": lambda i: found(routed[i])}
+    search = {"sparse": others, "found": lambda i: found(routed[i]), "lazy": True}
     routes = search_routes(cost_of_routed, len(routed), len(routed) - count, **search)
     return [layer for layer, route in zip(routed, routes, strict=True) if route]
 

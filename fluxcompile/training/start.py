@@ -66,7 +66,7 @@ def start_routes(
     """
     if start == GREEDY:
         found = {
-            task: search_routes(costs[task], layers, round(target * layers))
+            task: search_routes(costs[task], layers, round(target * layers), lazy=True)
             for task, target in targets.items()
         }
         for task, routes in found.items():

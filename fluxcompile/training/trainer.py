@@ -107,7 +107,9 @@ class RouterTrainer(CompiledTrainer):
         rows = [i for some in by_task.values() for i in some[:share]]
         with self.accelerator.autocast():
             costs = {
-                task: trainee.fixed(self._batches(self._by_length(some[: args.search_rows])))
+                task: trainee.fixed(
+                    self._batches(self._by_length(some[: args.search_rows])), args.certainty
+                )
                 for task, some in by_task.items()
                 if args.start == GREEDY
             }

@@ -10,6 +10,7 @@ from fluxcompile.evaluation import AsUser, Prompt
 from fluxcompile.training import baselines
 from fluxcompile.training.baselines import (
     entropy_routes,
+    greedy_order,
     greedy_routes,
     matrix_entropies,
     random_routes,
@@ -152,6 +153,31 @@ def test_greedy_takes_the_cheapest_layer_each_time():
         first = min(singles, key=lambda routes: loss(routes, examples))
         allowed = [pair for pair in pairs if pair[first.index(0)] == 0]
         assert routes == min(allowed, key=lambda routes: loss(routes, examples))
+
+
+def test_a_lazy_search_finds_what_trying_all_would():
+    """Where a layer adds the more, the more others are sparse: here by pairs of layers."""
+    layers = 12
+    generator = torch.Generator().manual_seed(0)
+    alone = torch.rand(layers, generator=generator, dtype=torch.float64)
+    pairs = torch.rand(layers, layers, generator=generator, dtype=torch.float64).triu(1) ** 4
+    tried = []
+
+    def cost(routes):
+        sparse = 1 - torch.tensor(routes, dtype=torch.float64)
+        tried.append(routes)
+        return float(alone @ sparse + sparse @ pairs @ sparse)
+
+    order = greedy_order(cost, layers, 9, lazy=True)
+    count = len(tried)
+    chosen = []
+    while len(chosen) < 9:
+        others = [layer for layer in range(layers) if layer not in chosen]
+        chosen.append(
+            min(others, key=lambda x: cost([int(i not in (*chosen, x)) for i in range(layers)]))
+        )
+    assert order == chosen
+    assert count < (len(tried) - count) / 2
 
 
 def test_greedy_refuses_what_it_cannot_run():
