@@ -27,7 +27,7 @@ NAMES = (
 
 STEPS = {
     "long": 350, "long-24": 175, "longer": 800, "longer-8k": 560, "longer-0.65": 800,
-    "triangle-start": 30, "longer-sure": 800, "longer-prefix": 800,
+    "triangle-start": 20, "longer-sure": 800, "longer-prefix": 800,
 }  # fmt: skip
 
 # What `fluxcompile train` does, as far as the script can see: a log, a checkpoint, a router.
