@@ -111,6 +111,8 @@ def list_kernel(
     tl.store(p_list + n_key_blocks - tl.cumsum(b_partial, 0), b_entry, mask=m_partial)
     tl.store(p_count + i_list * 2, tl.sum(b_full, 0))
     tl.store(p_count + i_list * 2 + 1, tl.sum(b_partial, 0))
+    if i_list == 0:  # behind the counts: how many tiles have been taken, see flow.py
+        tl.store(p_count + tl.num_programs(0).to(tl.int64) * 2, 0)
 
 
 @triton.jit
@@ -247,13 +249,14 @@ def block_lists(
 
     Returns:
         KV blocks, int16 or int32 ``[B, H|1, Qb, KVb]``: full ones from the beginning, partial ones
-        from the end; and how many of each there are, int32 ``[B, H|1, Qb, 2]``.
+        from the end; and how many of each there are, int32 ``[B, H|1, Qb, 2]``, with a 0 behind.
     """
     block_mask = unit_stride(block_mask).expand(q.shape[0], -1, -1, -1).view(torch.uint8)
     key_blocks = block_mask.shape[3]
     entry = torch.int16 if key_blocks < _SHORT else torch.int32
     lists = q.new_empty(block_mask.shape, dtype=entry)
-    counts = q.new_empty(*block_mask.shape[:3], 2, dtype=torch.int32)
+    rows = block_mask.shape[:3]
+    counts = q.new_empty(2 * rows.numel() + 1, dtype=torch.int32)[:-1].view(*rows, 2)
     with torch.cuda.device_of(q):
         list_kernel[(counts.numel() // 2,)](
             block_mask, lists, counts,

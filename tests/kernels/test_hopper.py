@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from fluxcompile.kernels.block_sparse import hopper as block_sparse  # noqa: E402
+from fluxcompile.kernels.block_sparse import long, short  # noqa: E402
 from fluxcompile.kernels.masks.flags import ALL_VALID, LONG_ROW  # noqa: E402
 from fluxcompile.kernels.streaming import hopper  # noqa: E402
 
@@ -46,9 +47,9 @@ def compiled(kernel, head_dim, everything, **constants):
         **pointers,
     }  # fmt: skip
     has = [name for name in names if name.startswith("HAS_")]
-    constants |= {
+    constants = {
         "HEADS": 32, "GROUP": 4, "BLOCK_D": head_dim, "STAGES": config.stages,
-        **dict.fromkeys(has, everything),
+        **dict.fromkeys(has, everything), **constants,
     }  # fmt: skip
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names
@@ -79,14 +80,21 @@ def test_compiles_for_hopper(head_dim, flags):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-def test_block_sparse_compiles_for_hopper(head_dim, everything):
-    sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32, "CHUNK": 8, "AHEAD": True}
-    check_binary(compiled(block_sparse.attention_kernel, head_dim, everything, **sizes))
+@pytest.mark.parametrize("rows", ["short", "long"])
+def test_block_sparse_compiles_for_hopper(head_dim, everything, rows):
+    sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32}
+    if rows == "long":
+        check_binary(
+            compiled(long.attention_kernel, head_dim, everything, CHUNK=8, AHEAD=True, **sizes)
+        )
+    else:
+        stages = {"STAGES": short.STAGES}
+        check_binary(compiled(short.attention_kernel, head_dim, everything, **stages, **sizes))
 
 
 def test_small_launches_have_short_chunks():
     """Each multiprocessor gets several programs, until a program has a single tile."""
-    assert [block_sparse.choose_chunk(n, 132) for n in (1, 2048, 4096, 8192, 1 << 20)] == [
+    assert [long.choose_chunk(n, 132) for n in (1, 2048, 4096, 8192, 1 << 20)] == [
         1, 2, 4, 8, 8,
     ]  # fmt: skip
 
@@ -140,25 +148,33 @@ def test_long_prompt(route):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("mask_heads", [1, 8])
-def test_block_lists_of_any_length(mask_heads, head_dim):
-    """Empty, short and full lists; every chunk of tiles, operands loaded ahead and not."""
+@pytest.mark.parametrize("batch", [2, 6])
+def test_block_lists_of_any_length(batch, mask_heads, head_dim):
+    """Empty, short and full lists, a tile a multiprocessor and several.
+
+    Of rows of this length `hopper.attention` would take the kernel of short ones.
+    """
     make = {"device": "cuda", "dtype": torch.bfloat16}
-    q = torch.randn(2, 1000, 8, head_dim, **make).transpose(1, 2)
-    k, v = torch.randn(2, 2, 2, 1000, head_dim, **make)
-    mask = torch.rand(2, mask_heads, 8, 8, device="cuda") < torch.linspace(0, 1, 8)[:, None].cuda()
+    q = torch.randn(batch, 1000, 8, head_dim, **make).transpose(1, 2)
+    k, v = torch.randn(2, batch, 2, 1000, head_dim, **make)
+    drawn = torch.rand(batch, mask_heads, 8, 8, device="cuda")
+    mask = drawn < torch.linspace(0, 1, 8)[:, None].cuda()
     seen = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :1000, :1000].tril()
-    seen = seen.expand(2, 8, -1, -1)
+    seen = seen.expand(batch, 8, -1, -1)
     exact = torch.nn.functional.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), seen, enable_gqa=True
     )
     exact = torch.where(seen.any(-1, keepdim=True), exact, 0.0).transpose(1, 2)
+    operands, options = (q, k, v, mask, None, None, None), {"window": 0, "scale": head_dim**-0.5}
+    found = {"short": short.attention(*operands, **options)}
     for chunk in (1, 2, 8):
         for ahead in (False, True):
-            out = block_sparse.attention(
-                q, k, v, mask, None, None, None,
-                window=0, scale=head_dim**-0.5, chunk=chunk, ahead=ahead,
-            )  # fmt: skip
-            torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+            name = f"long, {chunk} tiles a program, ahead {ahead}"
+            found[name] = long.attention(*operands, **options, chunk=chunk, ahead=ahead)
+    for name, out in found.items():
+        torch.testing.assert_close(
+            out.float(), exact, atol=2e-2, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.gpu
