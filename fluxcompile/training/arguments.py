@@ -42,7 +42,7 @@ class RouterTrainingArguments(CompiledTrainingArguments):
             forward pass.
         certainty: how far the divergence at a token is multiplied by the probability that full
             attention gives to it. With 1 an answer that full attention does not know counts for
-            nothing, and one that it is sure of in full.
+            nothing, and one that it is sure of in full. The search of ``start`` weighs alike.
         multiplier_init: first value of every λ1 and λ2.
         full_bias: of a router that is created for the run, the logit of full attention before it
             has learnt anything; the other logit is 0.

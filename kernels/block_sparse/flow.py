@@ -45,12 +45,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-# Triton renamed them.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from fluxcompile.kernels.streaming.hopper import FLOOR, tma_load, tma_store
 
-# Below every score and finite, so that the running maximum of a query without keys stays finite.
-_FLOOR = gl.constexpr(-1.0e30)
 # Kinds of block, in its note.
 FIRST = gl.constexpr(1)
 LAST = gl.constexpr(2)
@@ -175,7 +171,7 @@ def _load_values(problem, channels, d_v, n, i_batch, i_kv_head, i_load):
     v_ready = channels.v_ready.index(i_stage)
     mbarrier.wait(channels.v_free.index(i_stage), ((n // problem.STAGES) & 1) ^ 1)
     mbarrier.expect(v_ready, d_v.block_type.nbytes)
-    _tma_load(d_v, [i_batch, i_kv_head, i_load, 0], v_ready, channels.v.index(i_stage))
+    tma_load(d_v, [i_batch, i_kv_head, i_load, 0], v_ready, channels.v.index(i_stage))
 
 
 @gluon.jit
@@ -209,7 +205,7 @@ def _load(problem, channels, d_q, d_k, d_v, p_turn):
             _write_note(problem, channels, i_stage, problem.kind(tile, i), tile, i_key, i_from)
             mbarrier.expect(k_ready, d_k.block_type.nbytes)
             at = [tile.i_batch, tile.i_kv_head, i_from, 0]
-            _tma_load(d_k, at, k_ready, channels.k.index(i_stage))
+            tma_load(d_k, at, k_ready, channels.k.index(i_stage))
             if i == 0:
                 i_place = n_tiles % S
                 q_ready = channels.q_ready.index(i_place)
@@ -217,7 +213,7 @@ def _load(problem, channels, d_q, d_k, d_v, p_turn):
                 mbarrier.expect(q_ready, 2 * d_q.block_type.nbytes)
                 for half in gl.static_range(2):
                     at = [tile.i_batch, tile.i_head, tile.i_query + half * HALF, 0]
-                    _tma_load(d_q, at, q_ready, channels.q.index(i_place * 2 + half))
+                    tma_load(d_q, at, q_ready, channels.q.index(i_place * 2 + half))
                 n_tiles += 1
             if n > 0:
                 _load_values(problem, channels, d_v, n - 1, i_batch, i_kv_head, i_load)
@@ -278,7 +274,7 @@ def _softmax(problem, b_scores, b_max, b_sum, is_first):
     That is the change of the maximum, but at a tile's first block, where the output is that of the
     whole tile before, one over the sum of its weights.
     """
-    b_last = gl.where(is_first, _FLOOR, b_max)
+    b_last = gl.where(is_first, FLOOR, b_max)
     b_max = gl.maximum(b_last, gl.max(b_scores, 1) * problem.score_scale)
     b_weights = gl.exp2(b_scores * problem.score_scale - b_max[:, None])
     b_decay = gl.exp2(b_last - b_max)
@@ -314,7 +310,7 @@ def _write(problem, channels, half, d_out, b_out, i_query, i_row):
     fence_async_shared()
     i_batch = i_row // problem.HEADS
     at = [i_batch, i_query + half * HALF, i_row - i_batch * problem.HEADS, 0]
-    _tma_store(d_out, at, b_staged)
+    tma_store(d_out, at, b_staged)
 
 
 @gluon.jit
@@ -328,7 +324,7 @@ def _attend(half, problem, channels, d_out):
     rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     b_zero = gl.full([HALF, N], 0.0, gl.float32, scores_layout)
-    b_max = gl.full([HALF], _FLOOR, gl.float32, rows)
+    b_max = gl.full([HALF], FLOOR, gl.float32, rows)
     b_sum = gl.full([HALF], 0.0, gl.float32, rows)
     b_out = gl.full([HALF, D], 0.0, gl.float32, out_layout)
     note = _read_note(problem, channels, 0)

@@ -2,25 +2,19 @@
 walk lists of blocks instead of runs of keys.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-from fluxcompile.kernels.block_sparse.triton import block_lists
-from fluxcompile.kernels.launch import ceil_div, limits_of, score_scales
-from fluxcompile.kernels.streaming.hopper import (
-    BLOCK_M,
-    CONFIGS,
-    REGISTERS,
-    Config,
-    descriptors,
-    serve,
-)
+from fluxcompile.kernels.launch import ceil_div
+from fluxcompile.kernels.streaming.hopper import CONFIGS, serve
 from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row, keep_above, keep_up_to
 
-BLOCK = BLOCK_M  # tokens, also of a tile of queries
+#: blocks of keys and of values in shared memory at once, by head dim
+STAGES = {head_dim: config.stages for (head_dim, _), config in CONFIGS.items()}
 MAX_CHUNK = 8  # neighbouring tiles a program: a sparse row's tiles are short
 # Programs for each multiprocessor that are worth more than longer chunks: tiles are of very unequal
 # length, and a program too many that starts last keeps all others waiting.
@@ -165,53 +159,29 @@ def attention_kernel(
     serve(problem, d_q, d_k, d_v, d_out, CHUNK, AHEAD)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_mask: Tensor,
-    bounds: Tensor | None,
-    q_start: Tensor | None,
-    route: Tensor | None,
+def launch(
+    operands: Sequence[Any],
+    blocks: tuple[int, int, int],
+    sizes: Sequence[Any],
+    constants: Mapping[str, Any],
+    sms: int,
     *,
-    window: int,
-    scale: float,
-    config: Config | None = None,
     chunk: int | None = None,
     ahead: bool = True,
-) -> Tensor:
-    """Launch the lists and the kernel, for operands as ``hopper.py`` takes them.
+) -> None:
+    """Start the kernel, for arguments as ``hopper.py`` makes them.
 
     Args:
-        config: tile sizes; None: the ones of ``streaming/hopper.py``.
         chunk: neighbouring tiles a program; None: see :func:`choose_chunk`.
         ahead: whether a tile's operands are loaded while the one before is being finished.
     """
-    batch, heads, queries, head_dim = q.shape
-    config = config or CONFIGS[head_dim, q.dtype]
-    # Queries before a row's first valid key belong to no block.
-    make = q.new_empty if bounds is None else q.new_zeros
-    out = make(batch, queries, heads, head_dim)
-    lists, counts = block_lists(
-        q, k, block_mask, bounds, q_start, route, block=BLOCK, window=window
-    )
-    mask_heads, query_blocks, key_blocks = lists.shape[1:]
-    tiles = heads * batch * query_blocks
-    chunk = chunk or choose_chunk(tiles, limits_of(q.device).multiprocessors)
-    with torch.cuda.device_of(q):
-        attention_kernel[(ceil_div(tiles, chunk),)](
-            *descriptors(q, k, v, out, BLOCK), lists, counts,
-            q if bounds is None else bounds.contiguous(),
-            q if q_start is None else q_start,
-            batch, query_blocks, key_blocks, queries, k.shape[2], window,
-            score_scales(scale, 0.0)[0],
-            HEADS=heads, GROUP=heads // k.shape[1], MASK_HEADS=mask_heads, BLOCK=BLOCK,
-            BLOCK_D=head_dim, STAGES=config.stages,
-            HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
-            HAS_WINDOW=window > 0, CHUNK=chunk, AHEAD=ahead,
-            num_warps=4, maxnreg=REGISTERS,
-        )  # fmt: skip
-    return out
+    batch, query_blocks, _ = blocks
+    tiles = batch * constants["HEADS"] * query_blocks
+    chunk = chunk or choose_chunk(tiles, sms)
+    attention_kernel[(ceil_div(tiles, chunk),)](
+        *operands, *blocks, *sizes,
+        STAGES=STAGES[constants["BLOCK_D"]], CHUNK=chunk, AHEAD=ahead, **constants,
+    )  # fmt: skip
 
 
 def choose_chunk(tiles: int, sms: int) -> int:

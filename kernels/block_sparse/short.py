@@ -3,19 +3,17 @@
 What every group of warps of ``flow.py`` must know of the tiles and of their blocks, and the launch.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
 from fluxcompile.kernels.block_sparse.flow import FIRST, LAST, MASKED, serve
-from fluxcompile.kernels.block_sparse.triton import block_lists
-from fluxcompile.kernels.launch import ceil_div, limits_of, score_scales
-from fluxcompile.kernels.streaming.hopper import BLOCK_M, REGISTERS, descriptors
+from fluxcompile.kernels.launch import ceil_div
 from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row, keep_above, keep_up_to
 
-BLOCK = BLOCK_M  # tokens, also of a tile of queries
 _BEYOND = gl.constexpr((1 << 31) - 1)  # no key index reaches it
 STAGES = 2  # blocks, and tiles of queries, in shared memory at once
 # Tiles a program that are kept for the end, of the shortest: programs then end together.
@@ -206,40 +204,16 @@ def attention_kernel(
     serve(problem, d_q, d_k, d_v, d_out, p_turn)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_mask: Tensor,
-    bounds: Tensor | None,
-    q_start: Tensor | None,
-    route: Tensor | None,
-    *,
-    window: int,
-    scale: float,
-) -> Tensor:
-    """Launch the lists and the kernel, for operands as ``hopper.py`` takes them."""
-    batch, heads, queries, head_dim = q.shape
-    # Queries before a row's first valid key belong to no block.
-    make = q.new_empty if bounds is None else q.new_zeros
-    out = make(batch, queries, heads, head_dim)
-    lists, counts = block_lists(
-        q, k, block_mask, bounds, q_start, route, block=BLOCK, window=window
-    )
-    mask_heads, query_blocks, key_blocks = lists.shape[1:]
-    programs = min(heads * batch * query_blocks, limits_of(q.device).multiprocessors)
-    tail = min(query_blocks // 4, ceil_div(_TAIL * programs, heads * batch))
-    with torch.cuda.device_of(q):
-        attention_kernel[(programs,)](
-            *descriptors(q, k, v, out, BLOCK), lists, counts,
-            q if bounds is None else bounds.contiguous(),
-            q if q_start is None else q_start,
-            batch, query_blocks, key_blocks, tail, queries, k.shape[2], window,
-            score_scales(scale, 0.0)[0],
-            HEADS=heads, GROUP=heads // k.shape[1], MASK_HEADS=mask_heads, BLOCK=BLOCK,
-            BLOCK_D=head_dim, STAGES=STAGES,
-            HAS_BOUNDS=bounds is not None, HAS_Q_START=q_start is not None,
-            HAS_WINDOW=window > 0,
-            num_warps=4, maxnreg=REGISTERS,
-        )  # fmt: skip
-    return out
+def launch(
+    operands: Sequence[Any],
+    blocks: tuple[int, int, int],
+    sizes: Sequence[Any],
+    constants: Mapping[str, Any],
+    sms: int,
+) -> None:
+    """Start the kernel, for arguments as ``hopper.py`` makes them."""
+    batch, query_blocks, _ = blocks
+    rows = batch * constants["HEADS"]
+    programs = min(rows * query_blocks, sms)
+    tail = min(query_blocks // 4, ceil_div(_TAIL * programs, rows))
+    attention_kernel[(programs,)](*operands, *blocks, tail, *sizes, STAGES=STAGES, **constants)

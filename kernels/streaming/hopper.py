@@ -29,11 +29,11 @@ from fluxcompile.kernels.launch import ceil_div, limits_of, score_scales
 from fluxcompile.kernels.streaming.hopper_tiles import Keys, Problem
 
 # Triton renamed them.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Below every score and finite, so that the running maximum of a query without keys stays finite.
-_FLOOR = gl.constexpr(-1.0e30)
+FLOOR = gl.constexpr(-1.0e30)
 BLOCK_M = 128  # queries a tile, half of them for each attending group of warps
 # Neighbouring tiles a program: the next is loaded while one is finished, which pays where tiles are
 # short; the more, the less evenly the multiprocessors finish, where tiles are of unequal length.
@@ -107,7 +107,7 @@ def _load_queries(problem, channels, d_q, tile, phase):
     mbarrier.expect(channels.q_ready, 2 * d_q.block_type.nbytes)
     for half in gl.static_range(2):
         at = [tile.i_batch, tile.i_head, tile.i_query + half * HALF, 0]
-        _tma_load(d_q, at, channels.q_ready, channels.q.index(half))
+        tma_load(d_q, at, channels.q_ready, channels.q.index(half))
 
 
 @gluon.jit
@@ -133,13 +133,13 @@ def _load(problem, channels, d_q, d_k, d_v, CHUNK: gl.constexpr, AHEAD: gl.const
             v_ready = channels.v_ready.index(i_stage)
             mbarrier.wait(channels.k_free.index(i_stage), turn ^ 1)
             mbarrier.expect(k_ready, d_k.block_type.nbytes)
-            _tma_load(d_k, at, k_ready, channels.k.index(i_stage))
+            tma_load(d_k, at, k_ready, channels.k.index(i_stage))
             if AHEAD:  # noqa: SIM102  known while compiling, the rest is not
                 if i == 0:  # there is room for keys before there is for queries
                     _load_queries(problem, channels, d_q, tile, phase)
             mbarrier.wait(channels.v_free.index(i_stage), turn ^ 1)
             mbarrier.expect(v_ready, d_v.block_type.nbytes)
-            _tma_load(d_v, at, v_ready, channels.v.index(i_stage))
+            tma_load(d_v, at, v_ready, channels.v.index(i_stage))
             n_loaded += 1
         phase ^= 1
 
@@ -220,7 +220,7 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr, AHEAD: gl.const
     for i_tile in range(first, end, step):
         tile = problem.tile(i_tile)
         o_position = tile.low + half * HALF + gl.arange(0, HALF, rows)
-        b_max = gl.full([HALF], _FLOOR, gl.float32, rows)
+        b_max = gl.full([HALF], FLOOR, gl.float32, rows)
         b_sum = gl.full([HALF], 0.0, gl.float32, rows)
         b_out = gl.full([HALF, D], 0.0, gl.float32, out_layout)
         mbarrier.wait(channels.q_ready, phase)
@@ -260,7 +260,7 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr, AHEAD: gl.const
         b_staged.reshape([HALF, D]).store(b_out.to(DTYPE))
         fence_async_shared()
         at = [tile.i_batch, tile.i_query + half * HALF, tile.i_head, 0]
-        _tma_store(d_out, at, b_staged)
+        tma_store(d_out, at, b_staged)
     tma.store_wait(0)
 
 

@@ -1,5 +1,7 @@
 """The warp-specialised Hopper kernel: it compiles without a GPU, and is right on one."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -92,6 +94,48 @@ def test_block_sparse_compiles_for_hopper(head_dim, everything, rows):
         check_binary(compiled(short.attention_kernel, head_dim, everything, **stages, **sizes))
 
 
+@pytest.mark.parametrize(("keys", "kernel", "extra"), [
+    (1000, short, {"n_tail": 2, "STAGES": 2}),
+    (40_000, long, {"STAGES": 2, "CHUNK": 1, "AHEAD": True}),
+], ids=["short", "long"])  # fmt: skip
+def test_every_argument_of_a_block_sparse_kernel_is_given(monkeypatch, keys, kernel, extra):
+    """Without a GPU: which kernel is launched, and by its arguments' names with what."""
+    given = {}
+
+    class Recorded:
+        def __getitem__(self, grid):
+            def run(*args, **settings):
+                names = [name for name in real.arg_names if not name.isupper()]
+                given.update(zip(names, args, strict=True), grid=grid, **settings)
+
+            return run
+
+    real = kernel.attention_kernel
+    rows = -(-keys // 128)
+    lists, counts = torch.zeros(2, 1, 8, rows, dtype=torch.int16), torch.zeros(2, 1, 8, 2)
+    monkeypatch.setattr(kernel, "attention_kernel", Recorded())
+    monkeypatch.setattr(block_sparse, "block_lists", lambda *_, **__: (lists, counts))
+    q = torch.randn(2, 1000, 8, 128, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = torch.randn(2, 2, 2, keys, 128, dtype=torch.bfloat16)
+    out = block_sparse.attention(
+        q, k, v, torch.ones(1), None, None, None, window=7, scale=128**-0.5
+    )
+    assert out.shape == (2, 1000, 8, 128)
+    assert given.keys() - {"grid", "num_warps", "maxnreg"} == set(real.arg_names)
+    assert given["d_q"].base is q
+    assert given["d_out"].base is out
+    assert given["d_k"].base is k
+    expected = {
+        "n_batch": 2, "n_query_blocks": 8, "n_key_blocks": rows, "n_queries": 1000,
+        "n_keys": keys, "window": 7, "HEADS": 8, "GROUP": 4, "MASK_HEADS": 1, "BLOCK": 128,
+        "BLOCK_D": 128, "HAS_BOUNDS": False, "HAS_Q_START": False, "HAS_WINDOW": True,
+        "grid": (128,), **extra,
+    }  # fmt: skip
+    assert {name: given[name] for name in expected} == expected
+    assert given["p_list"] is lists
+    assert given["p_count"] is counts
+
+
 def test_small_launches_have_short_chunks():
     """Each multiprocessor gets several programs, until a program has a single tile."""
     assert [long.choose_chunk(n, 132) for n in (1, 2048, 4096, 8192, 1 << 20)] == [
@@ -166,12 +210,15 @@ def test_block_lists_of_any_length(batch, mask_heads, head_dim):
     )
     exact = torch.where(seen.any(-1, keepdim=True), exact, 0.0).transpose(1, 2)
     operands, options = (q, k, v, mask, None, None, None), {"window": 0, "scale": head_dim**-0.5}
-    found = {"short": short.attention(*operands, **options)}
-    for chunk in (1, 2, 8):
-        for ahead in (False, True):
-            name = f"long, {chunk} tiles a program, ahead {ahead}"
-            found[name] = long.attention(*operands, **options, chunk=chunk, ahead=ahead)
-    for name, out in found.items():
+    launches = {"short": short.launch} | {
+        f"long, {chunk} tiles a program, ahead {ahead}": partial(
+            long.launch, chunk=chunk, ahead=ahead
+        )
+        for chunk in (1, 2, 8)
+        for ahead in (False, True)
+    }
+    for name, launch in launches.items():
+        out = block_sparse.attention(*operands, **options, launch=launch)
         torch.testing.assert_close(
             out.float(), exact, atol=2e-2, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
         )
