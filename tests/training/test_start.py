@@ -67,6 +67,8 @@ def test_search_knows_where_prompts_end():
     apart = (full.exp() * (full - sparse)).sum(-1)[:, :-1]
     answers = labels[:, 1:] != -100
     expected = ((apart * answers).sum(1) / answers.sum(1)).mean()
+    known = full[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].exp()  # of what comes next
+    weighed = ((apart * known * answers).sum(1) / answers.sum(1)).mean()
     with attached(model, router), frozen(model):
         language_model = LanguageModel.of(model).checked(model)
         trainee = Trainee(
@@ -74,9 +76,24 @@ def test_search_knows_where_prompts_end():
             run=compiled(language_model.body, router, lowering="eager"), logits_chunk=64,
         )  # fmt: skip
         found = trainee.fixed([batch])((0, 0))
+        sure = trainee.fixed([batch], certainty=1.0)((0, 0))
         whole = trainee.fixed([batch | {"prompt_length": mask.sum(1)}])((0, 0))
     assert found == pytest.approx(float(expected), rel=1e-4)
+    assert sure == pytest.approx(float(weighed), rel=1e-4)
     assert found != pytest.approx(whole, rel=1e-3)
+
+
+def test_search_weighs_as_training_does(monkeypatch):
+    given, fixed = [], Trainee.fixed
+
+    def recorded(self, batches, certainty):
+        given.append(certainty)
+        return fixed(self, batches, certainty)
+
+    monkeypatch.setattr(Trainee, "fixed", recorded)
+    settings = STANDING | {"search_rows": 2, "distillation": 1.0, "certainty": 0.7}
+    train_router(tiny_model(), tiny_data(), start=GREEDY, **settings)
+    assert given == [0.7, 0.7]  # a task each
 
 
 def test_search_makes_the_cheapest_layers_sparse():
