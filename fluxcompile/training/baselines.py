@@ -216,17 +216,18 @@ def greedy_order(
             what trying all finds, if no layer adds the less the more others are sparse.
     """
     order = list(sparse)
-    left = {layer: -math.inf for layer in range(layers) if layer not in order}  # added cost
+    added = {layer: -math.inf for layer in range(layers) if layer not in order}  # when last tried
     before = cost(_routes(layers, order)) if lazy and len(order) < sparse_layers else 0.0
     while len(order) < sparse_layers:
-        tried: dict[int, float] = {}
-        for layer in sorted(left, key=left.__getitem__):
-            if lazy and tried and min(tried.values()) <= left[layer]:
+        costs: dict[int, float] = {}
+        for layer in sorted(added, key=added.__getitem__) if lazy else added:
+            if lazy and costs and min(costs.values()) - before <= added[layer]:
                 break
-            tried[layer] = cost(_routes(layers, [*order, layer])) - before
-        left.update(tried)
-        best = min(tried, key=tried.__getitem__)
-        before += left.pop(best)
+            costs[layer] = cost(_routes(layers, [*order, layer]))
+        added.update({layer: value - before for layer, value in costs.items()})
+        best = min(costs, key=costs.__getitem__)
+        before = costs[best]
+        del added[best]
         order.append(best)
         if found is not None:
             found(best)
