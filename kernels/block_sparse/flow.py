@@ -45,7 +45,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from fluxcompile.kernels.streaming.hopper import FLOOR, tma_load, tma_store
+from fluxcompile.kernels.streaming.hopper import (
+    FLOOR,
+    Channels,
+    inverse,
+    stage,
+    tma_load,
+    tma_store,
+    values_of,
+)
 
 # Kinds of block, in its note.
 FIRST = gl.constexpr(1)
@@ -56,37 +64,6 @@ _FIELDS = gl.constexpr(8)  # words a note
 # Registers of a thread that attends and of one that loads, once the groups have traded them.
 _ATTENDING = gl.constexpr(240)
 _LOADING = gl.constexpr(24)
-
-
-@aggregate
-class Channels:
-    """Shared memory and the barriers that hand it over. ``ready``: filled; ``free``: read."""
-
-    q: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
-    v: gl.shared_memory_descriptor
-    out: gl.shared_memory_descriptor
-    notes: gl.shared_memory_descriptor
-    q_ready: gl.shared_memory_descriptor
-    q_free: gl.shared_memory_descriptor
-    k_ready: gl.shared_memory_descriptor
-    k_free: gl.shared_memory_descriptor
-    v_ready: gl.shared_memory_descriptor
-    v_free: gl.shared_memory_descriptor
-
-    @gluon.constexpr_function
-    def __init__(self, q, k, v, out, notes, q_ready, q_free, k_ready, k_free, v_ready, v_free):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.out = out
-        self.notes = notes
-        self.q_ready = q_ready
-        self.q_free = q_free
-        self.k_ready = k_ready
-        self.k_free = k_free
-        self.v_ready = v_ready
-        self.v_free = v_free
 
 
 @aggregate
@@ -113,7 +90,7 @@ class Note:
 
 
 @gluon.jit
-def _write_note(problem, channels, i_stage, kind, tile, i_key, i_load):
+def _write_note(problem, notes, i_stage, kind, tile, i_key, i_load):
     """Lay a block's note beside where its keys will be."""
     layout: gl.constexpr = gl.BlockedLayout([_FIELDS], [32], [1], [0])
     o_field = gl.arange(0, _FIELDS, layout)
@@ -124,17 +101,17 @@ def _write_note(problem, channels, i_stage, kind, tile, i_key, i_load):
     b_note = gl.where(o_field == 3, tile.low, b_note)
     b_note = gl.where(o_field == 4, tile.key_end, b_note)
     b_note = gl.where(o_field == 5, tile.i_query, b_note)
-    channels.notes.index(i_stage).store(b_note)
+    notes.index(i_stage).store(b_note)
 
 
 @gluon.jit
-def _read_note(problem, channels, n):
+def _read_note(problem, channels, notes, n):
     """Wait for block ``n`` and read its note."""
     i_stage = n % problem.STAGES
     layout: gl.constexpr = gl.BlockedLayout([_FIELDS], [32], [4], [0])
     mbarrier.wait(channels.k_ready.index(i_stage), (n // problem.STAGES) & 1)
     o_field = gl.arange(0, _FIELDS, layout)
-    b_note = channels.notes.index(i_stage).load(layout)
+    b_note = notes.index(i_stage).load(layout)
     return Note(
         gl.sum(gl.where(o_field == 0, b_note, 0), 0),
         gl.sum(gl.where(o_field == 1, b_note, 0), 0),
@@ -175,7 +152,7 @@ def _load_values(problem, channels, d_v, n, i_batch, i_kv_head, i_load):
 
 
 @gluon.jit
-def _load(problem, channels, d_q, d_k, d_v, p_turn):
+def _load(problem, channels, notes, d_q, d_k, d_v, p_turn):
     """Take tiles and fill shared memory, always as far ahead as there is room.
 
     A turn is asked for as late as it can be without waiting for the answer: tiles that a program
@@ -202,7 +179,7 @@ def _load(problem, channels, d_q, d_k, d_v, p_turn):
             if i == tile.n_blocks - 1:
                 b_turn = _take(p_turn, True)
             mbarrier.wait(channels.k_free.index(i_stage), ((n // S) & 1) ^ 1)
-            _write_note(problem, channels, i_stage, problem.kind(tile, i), tile, i_key, i_from)
+            _write_note(problem, notes, i_stage, problem.kind(tile, i), tile, i_key, i_from)
             mbarrier.expect(k_ready, d_k.block_type.nbytes)
             at = [tile.i_batch, tile.i_kv_head, i_from, 0]
             tma_load(d_k, at, k_ready, channels.k.index(i_stage))
@@ -225,7 +202,7 @@ def _load(problem, channels, d_q, d_k, d_v, p_turn):
         tile = problem.tile(min(i_tile, end - 1))
     i_stage = n % S
     mbarrier.wait(channels.k_free.index(i_stage), ((n // S) & 1) ^ 1)
-    _write_note(problem, channels, i_stage, END, tile, 0, 0)
+    _write_note(problem, notes, i_stage, END, tile, 0, 0)
     mbarrier.arrive(channels.k_ready.index(i_stage), count=1)
     if n > 0:
         _load_values(problem, channels, d_v, n - 1, i_batch, i_kv_head, i_load)
@@ -252,22 +229,6 @@ def _release(problem, channels, n, n_tiles, note):
 
 
 @gluon.jit
-def _values(problem, channels, b_weights, n, b_out, is_first):
-    """Start ``out += weights @ v`` of block ``n``, from 0 if a tile's first; give what it reads.
-
-    Weights arrive in fp32: 16-bit ones, kept from one step to the next, would lie two to a register
-    in an order that the tensor cores do not take.
-    """
-    i_stage = n % problem.STAGES
-    operand: gl.constexpr = gl.DotOperandLayout(0, b_out.type.layout, 2)
-    b_weights = gl.convert_layout(b_weights.to(channels.v.dtype), operand)
-    mbarrier.wait(channels.v_ready.index(i_stage), (n // problem.STAGES) & 1)
-    b_v = channels.v.index(i_stage).reshape([problem.BLOCK_N, problem.BLOCK_D])
-    use_acc = is_first == 0
-    return warpgroup_mma(b_weights, b_v, b_out, use_acc=use_acc, is_async=True), b_weights
-
-
-@gluon.jit
 def _softmax(problem, b_scores, b_max, b_sum, is_first):
     """Weights of a block and the new statistics; and by what the output so far is to be scaled.
 
@@ -278,15 +239,9 @@ def _softmax(problem, b_scores, b_max, b_sum, is_first):
     b_max = gl.maximum(b_last, gl.max(b_scores, 1) * problem.score_scale)
     b_weights = gl.exp2(b_scores * problem.score_scale - b_max[:, None])
     b_decay = gl.exp2(b_last - b_max)
-    b_factor = gl.where(is_first, _inverse(b_sum), b_decay)
+    b_factor = gl.where(is_first, inverse(b_sum), b_decay)
     b_sum = gl.where(is_first, 0.0, b_sum * b_decay) + gl.sum(b_weights, 1)
     return b_weights, b_max, b_sum, b_factor
-
-
-@gluon.jit
-def _inverse(b_sum):
-    """One over the sum of the weights; a query without keys gets 0 in any case."""
-    return 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
 
 
 @gluon.jit
@@ -302,19 +257,16 @@ def _masked(problem, b_scores, half, note):
 
 @gluon.jit
 def _write(problem, channels, half, d_out, b_out, i_query, i_row):
-    """Start to write one half of a tile's output."""
+    """Start to write one half of the output of the tile that a note placed."""
     HALF: gl.constexpr = problem.BLOCK_M // 2
-    b_staged = channels.out.index(half)
-    tma.store_wait(0)  # the last tile's result has left its place
-    b_staged.reshape([HALF, problem.BLOCK_D]).store(b_out.to(channels.k.dtype))
-    fence_async_shared()
+    b_staged = stage(problem, channels, half, b_out)
     i_batch = i_row // problem.HEADS
     at = [i_batch, i_query + half * HALF, i_row - i_batch * problem.HEADS, 0]
     tma_store(d_out, at, b_staged)
 
 
 @gluon.jit
-def _attend(half, problem, channels, d_out):
+def _attend(half, problem, channels, notes, d_out):
     """Attend from one half of each tile's queries."""
     HALF: gl.constexpr = problem.BLOCK_M // 2
     N: gl.constexpr = problem.BLOCK_N
@@ -327,7 +279,7 @@ def _attend(half, problem, channels, d_out):
     b_max = gl.full([HALF], FLOOR, gl.float32, rows)
     b_sum = gl.full([HALF], 0.0, gl.float32, rows)
     b_out = gl.full([HALF, D], 0.0, gl.float32, out_layout)
-    note = _read_note(problem, channels, 0)
+    note = _read_note(problem, channels, notes, 0)
     if note.kind != END:
         n_tiles = 1
         scores = _scores(problem, channels, half, 0, n_tiles, note, b_zero)
@@ -345,14 +297,14 @@ def _attend(half, problem, channels, d_out):
         i_done_query = gl.to_tensor(0)
         i_done_row = gl.to_tensor(0)
         n = 1
-        note = _read_note(problem, channels, 1)
+        note = _read_note(problem, channels, notes, 1)
         while note.kind != END:
             begins = note.kind & FIRST
             n_tiles += begins
             scores = _scores(problem, channels, half, n, n_tiles, note, b_zero)
             if (is_first != 0) & (n > 1):
                 _write(problem, channels, half, d_out, b_out, i_done_query, i_done_row)
-            values, b_read = _values(problem, channels, b_weights, n - 1, b_out, is_first)
+            values, b_read = values_of(problem, channels, b_weights, n - 1, b_out, is_first == 0)
             b_scores = warpgroup_mma_wait(1, deps=[scores])
             _release(problem, channels, n, n_tiles, note)
             b_scores = _masked(problem, b_scores, half, note)
@@ -368,12 +320,12 @@ def _attend(half, problem, channels, d_out):
             i_query = note.i_query
             i_row = note.i_row
             n += 1
-            note = _read_note(problem, channels, n)
+            note = _read_note(problem, channels, notes, n)
         if (is_first != 0) & (n > 1):
             _write(problem, channels, half, d_out, b_out, i_done_query, i_done_row)
-        values, b_read = _values(problem, channels, b_weights, n - 1, b_out, is_first)
+        values, b_read = values_of(problem, channels, b_weights, n - 1, b_out, is_first == 0)
         b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
-        b_out = b_out * gl.convert_layout(_inverse(b_sum), out_rows)[:, None]
+        b_out = b_out * gl.convert_layout(inverse(b_sum), out_rows)[:, None]
         _write(problem, channels, half, d_out, b_out, i_query, i_row)
         tma.store_wait(0)
 
@@ -392,12 +344,12 @@ def serve(problem, d_q, d_k, d_v, d_out, p_turn):
     DTYPE: gl.constexpr = d_k.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    notes = gl.allocate_shared_memory(gl.int32, [S, _FIELDS], words)
     channels = Channels(
         gl.allocate_shared_memory(DTYPE, [2 * S, 1, 1, HALF, D], d_q.layout),
         gl.allocate_shared_memory(DTYPE, [S, 1, 1, N, D], d_k.layout),
         gl.allocate_shared_memory(DTYPE, [S, 1, 1, N, D], d_v.layout),
         gl.allocate_shared_memory(DTYPE, [2, 1, HALF, 1, D], d_out.layout),
-        gl.allocate_shared_memory(gl.int32, [S, _FIELDS], words),
         gl.allocate_shared_memory(gl.int64, [S, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [S, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [S, 1], barrier),
@@ -415,9 +367,9 @@ def serve(problem, d_q, d_k, d_v, d_out, p_turn):
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_attend, (0, problem, channels, d_out)),
-            (_attend, (1, problem, channels, d_out)),
-            (_load, (problem, channels, d_q, d_k, d_v, p_turn)),
+            (_attend, (0, problem, channels, notes, d_out)),
+            (_attend, (1, problem, channels, notes, d_out)),
+            (_load, (problem, channels, notes, d_q, d_k, d_v, p_turn)),
         ],
         [4, 1],
         [_ATTENDING, _LOADING],

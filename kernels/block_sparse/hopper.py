@@ -17,8 +17,8 @@ from fluxcompile.kernels.streaming.hopper import BLOCK_M, REGISTERS, descriptors
 
 #: tokens a block that the kernels serve: their tile of queries and their step of keys
 BLOCK = BLOCK_M
-# Keys of the longest row for the kernel of short ones. At 32,768 it takes as long as the other one
-# or up to 9% less, at 131,072 1 to 7% more (head dims 64 and 128, densities 5 and 25%, on an H200).
+# Keys of the longest row for the kernel of short ones: in a trial on an H200, which is no benchmark
+# of this repository, it was no slower than the other one at 32,768 keys, and slower at 131,072.
 SHORT = 1 << 15
 
 

@@ -133,10 +133,19 @@ class Problem:
     def mask(self, b_scores, tile, i, i_key, o_position):
         """-inf where a query does not see a key of a partial block, which begins at ``i_key``."""
         o_key = self.keys.block(tile.row, i_key, self.BLOCK_N, b_scores)
-        if self.HAS_WINDOW:  # noqa: SIM102  known while compiling, the rest is not
-            if i_key <= tile.low + self.BLOCK_M - 1 - self.window:
-                b_scores = keep_above(b_scores, o_key, o_position - self.window)
-        return keep_up_to(b_scores, o_key, gl.minimum(o_position, tile.key_end - 1))
+        return mask_partial(self, b_scores, tile, i_key, o_key, o_position)
+
+
+@gluon.jit
+def mask_partial(problem, b_scores, place, i_key, o_key, o_position):
+    """-inf where a query does not see one of keys ``o_key`` of the block that begins at ``i_key``.
+
+    ``place``: has the first query's position, ``low``, and the end of the keys, ``key_end``.
+    """
+    if problem.HAS_WINDOW:  # noqa: SIM102  known while compiling, the rest is not
+        if i_key <= place.low + problem.BLOCK_M - 1 - problem.window:
+            b_scores = keep_above(b_scores, o_key, o_position - problem.window)
+    return keep_up_to(b_scores, o_key, gl.minimum(o_position, place.key_end - 1))
 
 
 @gluon.jit(

@@ -11,10 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
 from fluxcompile.kernels.block_sparse.flow import FIRST, LAST, MASKED, serve
+from fluxcompile.kernels.block_sparse.long import mask_partial
 from fluxcompile.kernels.launch import ceil_div
-from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row, keep_above, keep_up_to
+from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row
 
-_BEYOND = gl.constexpr((1 << 31) - 1)  # no key index reaches it
 STAGES = 2  # blocks, and tiles of queries, in shared memory at once
 # Tiles a program that are kept for the end, of the shortest: programs then end together.
 _TAIL = 4
@@ -172,14 +172,8 @@ class Problem:
     @gluon.jit
     def mask(self, b_scores, note, o_position):
         """-inf where a query does not see a key of a partial block."""
-        columns: gl.constexpr = gl.SliceLayout(0, b_scores.type.layout)
-        o_key = note.i_load + gl.arange(0, self.BLOCK_N, columns)
-        if self.keys.HAS_BOUNDS:  # keys loaded twice
-            o_key = gl.where(o_key < note.i_key, _BEYOND, o_key)
-        if self.HAS_WINDOW:  # noqa: SIM102  known while compiling, the rest is not
-            if note.i_key <= note.low + self.BLOCK_M - 1 - self.window:
-                b_scores = keep_above(b_scores, o_key, o_position - self.window)
-        return keep_up_to(b_scores, o_key, gl.minimum(o_position, note.key_end - 1))
+        o_key = self.keys.block_at(note.i_load, note.i_key, self.BLOCK_N, b_scores)
+        return mask_partial(self, b_scores, note, note.i_key, o_key, o_position)
 
 
 @gluon.jit(

@@ -154,8 +154,10 @@ def _scores(problem, channels, b_q, n_read, b_zero):
 
 
 @gluon.jit
-def _values(problem, channels, b_weights, n_read, b_out):
-    """Start ``out += weights @ v`` of the key block before the next, and give what it reads.
+def values_of(problem, channels, b_weights, n_read, b_out, use_acc=True):
+    """Start ``out += weights @ v`` of block ``n_read``, and give what it reads.
+
+    ``use_acc``: False starts from 0.
 
     Weights arrive in fp32: 16-bit ones, kept from one step to the next, would lie two to a register
     in an order that the tensor cores do not take.
@@ -165,7 +167,24 @@ def _values(problem, channels, b_weights, n_read, b_out):
     b_weights = gl.convert_layout(b_weights.to(channels.v.dtype), operand)
     mbarrier.wait(channels.v_ready.index(i_stage), (n_read // problem.STAGES) & 1)
     b_v = channels.v.index(i_stage).reshape([problem.BLOCK_N, problem.BLOCK_D])
-    return warpgroup_mma(b_weights, b_v, b_out, is_async=True), b_weights
+    return warpgroup_mma(b_weights, b_v, b_out, use_acc=use_acc, is_async=True), b_weights
+
+
+@gluon.jit
+def inverse(b_sum):
+    """One over the sum of the weights; a query without keys gets 0 in any case."""
+    return 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
+
+
+@gluon.jit
+def stage(problem, channels, half, b_out):
+    """Lay one half of a tile's output where it can be stored from, and give that place."""
+    b_staged = channels.out.index(half)
+    tma.store_wait(0)  # the last tile's result has left its place
+    b_half = b_staged.reshape([problem.BLOCK_M // 2, problem.BLOCK_D])
+    b_half.store(b_out.to(channels.k.dtype))
+    fence_async_shared()
+    return b_staged
 
 
 @gluon.jit
@@ -185,7 +204,7 @@ def _step(
     """Scores of block ``i`` and values of block ``i - 1``, the softmax of ``i`` in between."""
     i_key = problem.key(tile, i)
     scores = _scores(problem, channels, b_q, n_read, b_zero)
-    values, b_read = _values(problem, channels, b_weights, n_read - 1, b_out)
+    values, b_read = values_of(problem, channels, b_weights, n_read - 1, b_out)
     b_scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(channels.k_free.index(n_read % problem.STAGES), count=1)
     if AHEAD:
@@ -206,14 +225,12 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr, AHEAD: gl.const
     HALF: gl.constexpr = problem.BLOCK_M // 2
     N: gl.constexpr = problem.BLOCK_N
     D: gl.constexpr = problem.BLOCK_D
-    DTYPE: gl.constexpr = channels.k.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     b_zero = gl.full([HALF, N], 0.0, gl.float32, scores_layout)
     b_q = channels.q.index(half).reshape([HALF, D])
-    b_staged = channels.out.index(half)
     n_read = 0
     phase = 0
     first, end, step = _turns(problem, CHUNK)
@@ -247,18 +264,15 @@ def _attend(half, problem, channels, d_out, CHUNK: gl.constexpr, AHEAD: gl.const
                     b_out, o_position, False, AHEAD,
                 )  # fmt: skip
                 n_read += 1
-            values, b_read = _values(problem, channels, b_weights, n_read - 1, b_out)
+            values, b_read = values_of(problem, channels, b_weights, n_read - 1, b_out)
             if not AHEAD:
                 mbarrier.arrive(channels.q_free, count=1)
             b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
             mbarrier.arrive(channels.v_free.index((n_read - 1) % problem.STAGES), count=1)
         else:
             mbarrier.arrive(channels.q_free, count=1)
-        b_sum = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
-        b_out = b_out * gl.convert_layout(b_sum, out_rows)[:, None]
-        tma.store_wait(0)  # the last tile's result has left its place
-        b_staged.reshape([HALF, D]).store(b_out.to(DTYPE))
-        fence_async_shared()
+        b_out = b_out * gl.convert_layout(inverse(b_sum), out_rows)[:, None]
+        b_staged = stage(problem, channels, half, b_out)
         at = [tile.i_batch, tile.i_query + half * HALF, tile.i_head, 0]
         tma_store(d_out, at, b_staged)
     tma.store_wait(0)

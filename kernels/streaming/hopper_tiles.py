@@ -88,8 +88,13 @@ class Keys:
 
         Keys before ``i_key`` are repeated: their index is beyond all others.
         """
+        return self.block_at(self.load_at(row, i_key, BLOCK_N), i_key, BLOCK_N, b_scores)
+
+    @gluon.jit
+    def block_at(self, i_load, i_key, BLOCK_N: gl.constexpr, b_scores):
+        """The same, of a block that is known to be loaded from ``i_load``."""
         columns: gl.constexpr = gl.SliceLayout(0, b_scores.type.layout)
-        o_key = self.load_at(row, i_key, BLOCK_N) + gl.arange(0, BLOCK_N, columns)
+        o_key = i_load + gl.arange(0, BLOCK_N, columns)
         if self.HAS_BOUNDS:
             o_key = gl.where(o_key < i_key, _BEYOND, o_key)
         return o_key
