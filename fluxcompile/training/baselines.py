@@ -234,6 +234,35 @@ def greedy_order(
     return order
 
 
+def exchanged(cost: Callable[[Routes], float], routes: Routes) -> Routes:
+    """``routes``, with one full layer changed for a sparse one as long as that costs less.
+
+    Greedy search never takes back a layer that it has made sparse, whatever it makes sparse after.
+    Here the sparse layer that helps the most is made full again, then the full one that costs the
+    least sparse, as in floating search (Pudil et al. 1994): each exchange tries every layer once.
+
+    Args:
+        cost: of a pattern.
+        routes: 1 for full attention; as many of them are full afterwards.
+    """
+    while 0 < sum(routes) < len(routes):
+        wider = min(_switched(routes, 0), key=cost)
+        found = min((cost(narrower), narrower) for narrower in _switched(wider, 1))
+        if found[1] == routes or found[0] >= cost(routes):
+            break
+        routes = found[1]
+    return routes
+
+
+def _switched(routes: Routes, which: int) -> list[Routes]:
+    """With each layer that is ``which`` switched to the other, one at a time."""
+    return [
+        (*routes[:layer], 1 - which, *routes[layer + 1 :])
+        for layer, route in enumerate(routes)
+        if route == which
+    ]
+
+
 def _routes(layers: int, sparse: Sequence[int]) -> Routes:
     return tuple(int(layer not in sparse) for layer in range(layers))
 

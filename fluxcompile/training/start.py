@@ -7,6 +7,7 @@ those of the task that a prompt is of, which what they read of it has to tell th
 on from there.
 """
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import standardized
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.baselines import Routes, search_routes
+from fluxcompile.training.baselines import Routes, exchanged, search_routes
 from fluxcompile.training.route_cost import Cost
 
 GREEDY = "greedy"
@@ -65,14 +66,18 @@ def start_routes(
         costs: of every task, what routes cost on it; for the search.
     """
     if start == GREEDY:
-        found = {
-            task: search_routes(costs[task], layers, round(target * layers), lazy=True)
-            for task, target in targets.items()
-        }
-        for task, routes in found.items():
-            logger.info("start routes of %s: %s", task, ",".join(map(str, routes)))
-        return found
+        return {task: _searched(task, costs[task], layers, t) for task, t in targets.items()}
     return {task: tuple(map(int, start[task])) for task in targets}
+
+
+def _searched(task: str, cost: Cost, layers: int, target: float) -> Routes:
+    cost = functools.cache(cost)  # an exchange comes back to what has been tried
+    greedy = search_routes(cost, layers, round(target * layers), lazy=True)
+    found = exchanged(cost, greedy)
+    for name, routes in (("greedy", greedy), ("exchanged", found)):
+        words = ",".join(map(str, routes)), cost(routes)
+        logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)
+    return found
 
 
 def imitate(

@@ -1,6 +1,7 @@
 """Static routes from data, on models made so that the right answer is known."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from fluxcompile.evaluation import AsUser, Prompt
 from fluxcompile.training import baselines
 from fluxcompile.training.baselines import (
     entropy_routes,
+    exchanged,
     greedy_order,
     greedy_routes,
     matrix_entropies,
     random_routes,
+    search_routes,
 )
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.patterns import PatternLoss
@@ -189,3 +192,27 @@ def test_greedy_refuses_what_it_cannot_run():
     model.compile(backend="flux")
     with pytest.raises(TrainingError, match="compile"):
         greedy_routes(model, tiny_data(2), sparse_layers=1, config=CONFIG)
+
+
+def test_exchanges_find_what_greedy_search_cannot_take_back():
+    """Layer 0 is the cheapest alone, and each of the others adds to what it costs."""
+    tried, layers, alone = [], 6, (1.0, 1.1, 1.2, 1.3, 9.0, 9.0)
+
+    def cost(routes):
+        tried.append(routes)
+        sparse = [i for i, route in enumerate(routes) if not route]
+        return sum(alone[i] for i in sparse) + 0.4 * (0 in sparse) * len(sparse[1:])
+
+    greedy = search_routes(cost, layers, 3)
+    assert greedy == (0, 0, 0, 1, 1, 1)
+    found = exchanged(cost, greedy)
+    assert found == (1, 0, 0, 0, 1, 1)
+    assert found == min((r for r in product((0, 1), repeat=layers) if sum(r) == 3), key=cost)
+    tried.clear()
+    assert exchanged(cost, found) == found
+    assert len(tried) <= layers + 3
+
+
+@pytest.mark.parametrize("routes", [(0, 0), (1, 1)])
+def test_there_is_nothing_to_exchange_where_all_layers_are_alike(routes):
+    assert exchanged(pytest.fail, routes) == routes
