@@ -42,16 +42,17 @@ class RouterTrainingArguments(CompiledTrainingArguments):
             forward pass.
         certainty: how far the divergence at a token is multiplied by the probability that full
             attention gives to it. With 1 an answer that full attention does not know counts for
-            nothing, and one that it is sure of in full. The search of ``start`` weighs alike.
+            nothing, and one that it is sure of in full.
         multiplier_init: first value of every λ1 and λ2.
         full_bias: of a router that is created for the run, the logit of full attention before it
             has learnt anything; the other logit is 0.
         start: where a new router starts from. None: from full attention, as in the paper.
             ``"greedy"``: from the fixed routes of each task's target sparsity that a greedy search
-            finds; or such routes by task, one 0 or 1 (full attention) a layer. The routers learn
-            to take them from what they read, which they must standardise. See
-            :mod:`fluxcompile.training.start`.
-        search_rows: examples of each task that the search judges routes by.
+            finds, and exchanges after it; or such routes by task, one 0 or 1 (full attention) a
+            layer. The routers learn to take them from what they read, which they must standardise.
+            See :mod:`fluxcompile.training.start`.
+        search_rows: examples of each task that the search judges routes by; to begin with, a part
+            of them.
         start_rows: examples that the routers learn their first routes from.
         calibration_rows: examples over which the features of a router that standardises them are
             measured, before the first step. A router that has been measured before is left as it

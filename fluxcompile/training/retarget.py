@@ -49,13 +49,12 @@ def retarget_router(
     """Move a trained router to other shares of sparse attention, task by task, without training.
 
     For each task the layers to be full are searched: from those that the router makes full for at
-    least a tenth of the task's prompts, again and again the one is made sparse that costs least, by
-    the divergence from full attention's predictions of the targets, until the wanted number is
-    left. (Weighted with the probability that full attention gives to the target: of what that does
-    not know there is nothing to lose.) Then every layer gets a threshold of its own, the same for
-    all prompts, that tells the tasks apart as well as its router can. How sure a router is does not
-    say what a layer is worth: where :meth:`FluxRouter.biased` moves all layers and tasks together
-    by the one, this asks for the other.
+    least a tenth of the task's prompts, again and again the one is made sparse that costs the
+    targets least of their probability, until the wanted number is left. Then every layer gets a
+    threshold of its own, the same for all prompts, that tells the tasks apart as well as its router
+    can. How sure a router is does not say what a layer is worth: where
+    :meth:`FluxRouter.biased` moves all layers and tasks together by the one, this asks for the
+    other.
 
     Args:
         model: a causal language model, not compiled; unchanged afterwards.
@@ -108,8 +107,7 @@ def retarget_router(
             margins, of_task, routed = _read(moved, every, run)
             full = torch.zeros(len(known), len(routed), dtype=torch.bool)
             for i_task, (name, task) in enumerate(known.items()):
-                given = moved, language_model, run, batches[name], LOGITS_CHUNK
-                cost = route_cost(*given, certainty=1.0)
+                cost = route_cost(moved, language_model, run, batches[name], LOGITS_CHUNK)
                 shares = (margins[of_task == i_task] > 0).double().mean(dim=0)
                 count = round((1 - task.target) * len(routed))
                 stay = worth_most(

@@ -23,36 +23,37 @@ def route_cost(
     run: Callable[..., Any],
     batches: Iterable[Mapping[str, torch.Tensor]],
     logits_chunk: int,
-    certainty: float = 0.0,
 ) -> Cost:
-    """How far predictions diverge from full attention's, mean of rows, as a function of routes.
+    """How far the targets are from certain, mean of rows, as a function of routes.
+
+    A row counts ``1 − p``, where ``p`` is the geometric mean of its targets' probabilities. It lies
+    between 0 and 1, as a wrong answer does: a divergence from full attention's predictions has no
+    bound, so that a few rows decide a search by it, and it holds it against routes that they
+    predict an answer better than full attention.
 
     Args:
         router: attached to the model; what it decides does not matter.
-        language_model: its body, not compiled, is full attention.
+        language_model: of that model.
         run: ``language_model.body`` compiled in training mode with ``router``.
         batches: each with ``input_ids``, ``attention_mask`` and ``labels``, ``[B, S]``, and maybe
             ``prompt_length`` ``[B]``.
         logits_chunk: target tokens whose logits exist at one time.
-        certainty: how far the divergence at a token is multiplied by the probability that full
-            attention gives to it.
     """
     device = next(router.parameters()).device
     prepared = []
     for batch in batches:
         ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
         targets = Targets.of(batch["labels"].to(device))
-        teacher = language_model.target_states(language_model.body, ids, mask, targets)
-        prepared.append((ids, mask, targets, teacher, batch.get("prompt_length")))
+        prepared.append((ids, mask, targets, batch.get("prompt_length")))
 
     @torch.no_grad()
     def cost(routes: Sequence[int]) -> float:
         full, rows = torch.tensor([routes], dtype=torch.bool, device=device), []
-        for ids, mask, targets, teacher, prompt_length in prepared:
+        for ids, mask, targets, prompt_length in prepared:
             noise = pinning_noise(full.expand(len(ids), -1))
             with soft_routes(router, noise=noise, prompt_length=prompt_length):
-                losses = language_model.losses(run, ids, mask, targets, logits_chunk, teacher)
-            rows.append(row_means(losses.weighted(certainty), targets.rows, len(ids)))
-        return float(torch.cat(rows).double().mean())
+                losses = language_model.losses(run, ids, mask, targets, logits_chunk)
+            rows.append(row_means(losses.cross_entropy, targets.rows, len(ids)))
+        return 1 - float(torch.cat(rows).double().neg().exp().mean())
 
     return cost

@@ -21,6 +21,7 @@ from fluxcompile.training.baselines import Routes, exchanged, search_routes
 from fluxcompile.training.route_cost import Cost
 
 GREEDY = "greedy"
+COARSE = 4  # one batch in so many is enough to see which layers are not worth much
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
 _JITTER = 0.5  # deviations of noise on what is read: wordings differ, and a few hundred are seen
 _STEPS = 400
@@ -55,7 +56,7 @@ def start_routes(
     start: str | Mapping[str, Sequence[int]],
     targets: Mapping[str, float],
     layers: int,
-    costs: Mapping[str, Cost],
+    costs: Mapping[str, tuple[Cost, Cost]],
 ) -> dict[str, Routes]:
     """The routes that each task starts with, 1 for full attention.
 
@@ -63,19 +64,20 @@ def start_routes(
         start: ``"greedy"``, or the routes themselves by task, as :func:`check_start` lets pass.
         targets: of every task, the share of layers to make sparse.
         layers: of the model.
-        costs: of every task, what routes cost on it; for the search.
+        costs: of every task, what routes cost on a few examples and on many; for the search,
+            which needs the many only where few layers are left to choose from.
     """
     if start == GREEDY:
-        return {task: _searched(task, costs[task], layers, t) for task, t in targets.items()}
+        return {task: _searched(task, *costs[task], layers, t) for task, t in targets.items()}
     return {task: tuple(map(int, start[task])) for task in targets}
 
 
-def _searched(task: str, cost: Cost, layers: int, target: float) -> Routes:
-    cost = functools.cache(cost)  # an exchange comes back to what has been tried
-    greedy = search_routes(cost, layers, round(target * layers), lazy=True)
-    found = exchanged(cost, greedy)
+def _searched(task: str, few: Cost, many: Cost, layers: int, target: float) -> Routes:
+    many = functools.cache(many)  # an exchange comes back to what has been tried
+    greedy = search_routes(few, layers, round(target * layers), lazy=True)
+    found = exchanged(many, greedy)
     for name, routes in (("greedy", greedy), ("exchanged", found)):
-        words = ",".join(map(str, routes)), cost(routes)
+        words = ",".join(map(str, routes)), many(routes)
         logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)
     return found
 

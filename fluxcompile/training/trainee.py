@@ -82,9 +82,9 @@ class Trainee(RoutedModule):
                 found.setdefault(layer, []).append(features.cpu())
         return {layer: torch.cat(features) for layer, features in found.items()}
 
-    def fixed(self, batches: Iterable[Mapping[str, torch.Tensor]], certainty: float = 0.0) -> Cost:
+    def fixed(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Cost:
         """:func:`route_cost` on ``batches``, through the graph that trains."""
-        return route_cost(self.router, *self._language_model, batches, self.logits_chunk, certainty)
+        return route_cost(self.router, *self._language_model, batches, self.logits_chunk)
 
     def forward(
         self,

@@ -14,8 +14,9 @@ from fluxcompile.training.baselines import Routes
 from fluxcompile.training.compiled_trainer import CompiledTrainer
 from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
+from fluxcompile.training.route_cost import Cost
 from fluxcompile.training.safeguard import Safeguard
-from fluxcompile.training.start import GREEDY, imitate, start_routes
+from fluxcompile.training.start import COARSE, GREEDY, imitate, start_routes
 from fluxcompile.training.trainee import Trainee
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,7 @@ class RouterTrainer(CompiledTrainer):
         rows = [i for some in by_task.values() for i in some[:share]]
         with self.accelerator.autocast():
             costs = {
-                task: trainee.fixed(
-                    self._batches(self._by_length(some[: args.search_rows])), args.certainty
-                )
+                task: self._costs(some[: args.search_rows])
                 for task, some in by_task.items()
                 if args.start == GREEDY
             }
@@ -120,6 +119,11 @@ class RouterTrainer(CompiledTrainer):
         found = imitate(trainee.router, features, full, args.seed)
         logger.info("start routes: %.1f%% of %d examples' taken", 100 * found, len(rows))
         return routes
+
+    def _costs(self, rows: Sequence[int]) -> tuple[Cost, Cost]:
+        """Of routes, on one in :data:`COARSE` batches of these rows, and on all of them."""
+        batches = list(self._batches(self._by_length(rows)))
+        return self.trainee.fixed(batches[::COARSE]), self.trainee.fixed(batches)
 
     def _by_length(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows, key=lambda i: len(self.train_dataset[i]))

@@ -46,7 +46,7 @@ def test_greedy_start_has_each_tasks_target(tmp_path):
 
 
 def test_search_knows_where_prompts_end():
-    """The divergence of answers from full attention's, by the definition of the mixture."""
+    """How likely answers are, by the definition of the mixture."""
     model = tiny_model(initializer_range=0.2)
     router = forced_router(model, False, replace(CONFIG, sparse="triangle", last=5))
     examples = prepare(
@@ -58,17 +58,14 @@ def test_search_knows_where_prompts_end():
     )
     batch = collate(examples, 0)
     ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
-    with torch.no_grad():
-        full = model(ids, attention_mask=mask).logits.log_softmax(-1)
-        with eager_mixture(
-            model, Mixture(router, prompt_length=batch["prompt_length"], locked=True)
-        ):
-            sparse = model(ids, attention_mask=mask).logits.log_softmax(-1)
-    apart = (full.exp() * (full - sparse)).sum(-1)[:, :-1]
+    with (
+        torch.no_grad(),
+        eager_mixture(model, Mixture(router, prompt_length=batch["prompt_length"], locked=True)),
+    ):
+        sparse = model(ids, attention_mask=mask).logits.log_softmax(-1)
     answers = labels[:, 1:] != -100
-    expected = ((apart * answers).sum(1) / answers.sum(1)).mean()
-    known = full[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].exp()  # of what comes next
-    weighed = ((apart * known * answers).sum(1) / answers.sum(1)).mean()
+    likely = sparse[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # of what comes next
+    expected = 1 - ((likely * answers).sum(1) / answers.sum(1)).exp().mean()
     with attached(model, router), frozen(model):
         language_model = LanguageModel.of(model).checked(model)
         trainee = Trainee(
@@ -76,24 +73,9 @@ def test_search_knows_where_prompts_end():
             run=compiled(language_model.body, router, lowering="eager"), logits_chunk=64,
         )  # fmt: skip
         found = trainee.fixed([batch])((0, 0))
-        sure = trainee.fixed([batch], certainty=1.0)((0, 0))
         whole = trainee.fixed([batch | {"prompt_length": mask.sum(1)}])((0, 0))
-    assert found == pytest.approx(float(expected), rel=1e-4)
-    assert sure == pytest.approx(float(weighed), rel=1e-4)
-    assert found != pytest.approx(whole, rel=1e-3)
-
-
-def test_search_weighs_as_training_does(monkeypatch):
-    given, fixed = [], Trainee.fixed
-
-    def recorded(self, batches, certainty):
-        given.append(certainty)
-        return fixed(self, batches, certainty)
-
-    monkeypatch.setattr(Trainee, "fixed", recorded)
-    settings = STANDING | {"search_rows": 2, "distillation": 1.0, "certainty": 0.7}
-    train_router(tiny_model(), tiny_data(), start=GREEDY, **settings)
-    assert given == [0.7, 0.7]  # a task each
+    assert 1 - found == pytest.approx(float(1 - expected), rel=1e-4)
+    assert 1 - found != pytest.approx(1 - whole, rel=1e-3)
 
 
 def test_search_makes_the_cheapest_layers_sparse():
@@ -104,9 +86,19 @@ def test_search_makes_the_cheapest_layers_sparse():
             price for price, full in zip(prices[task], routes, strict=True) if not full
         )
 
-    costs = {task: cost_of(task) for task in prices}
+    costs = {task: (cost_of(task), cost_of(task)) for task in prices}
     found = start_routes(GREEDY, {"retrieval": 0.5, "holistic": 0.75}, 4, costs)
     assert found == {"retrieval": (1, 0, 0, 1), "holistic": (0, 1, 0, 0)}
+
+
+def test_search_believes_many_examples_more_than_a_few():
+    few, many = [1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 3.0, 2.0]
+
+    def cost_of(prices):
+        return lambda routes: sum(p * (1 - full) for p, full in zip(prices, routes, strict=True))
+
+    costs = {"retrieval": (cost_of(few), cost_of(many))}
+    assert start_routes(GREEDY, {"retrieval": 0.5}, 4, costs) == {"retrieval": (0, 1, 1, 0)}
 
 
 @pytest.mark.parametrize(
