@@ -108,6 +108,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="do not redo what --output has")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--lowering", choices=LOWERINGS, default="inductor")
+    parser.add_argument(
+        "--regional",
+        action="store_true",
+        help="compile the training-mode graph layer by layer, equal layers once",
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--no-plots", action="store_true")

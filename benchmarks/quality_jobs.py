@@ -105,8 +105,8 @@ class Pattern:
 
     Attributes:
         routes: one 0/1 a layer, 1 for full attention.
-        expected: full attention's mean loss of every cell; a worker's shared compile must agree
-            with it before it is used.
+        expected: as :meth:`Worker.agreement` takes it; a worker's shared compile must agree with
+            full attention before it is used.
     """
 
     name: str

@@ -31,14 +31,14 @@ from quality_outcome import Outcome
 from quality_partial import Partial, prompts_digest, weights_digest
 from quality_pool import InPlace, Spread
 from quality_static import counterparts
-from quality_worker import Worker, load
+from quality_worker import COMPARED, Worker, load
 from slots import threads_each
 
 Routes = tuple[int, ...]
 
 #: settings that decide what a job finds, whichever it is; others decide which jobs there are
 DECISIVE = (
-    "device", "dtype", "lowering", "batch", "tasks", "search_length", "search_examples",
+    "device", "dtype", "lowering", "regional", "batch", "tasks", "search_length", "search_examples",
     "search_by", "seed", "style",
 )  # fmt: skip
 
@@ -124,7 +124,9 @@ class Bench:
         given: Mapping[str, Routes],
         searches: Sequence[Job],
     ) -> list[StaticRun]:
-        expected = {cell: float(result.loss.mean()) for cell, result in full.results.items()}
+        expected = {
+            cell: float(result.loss[:COMPARED].mean()) for cell, result in full.results.items()
+        }
         jobs = []
         for config in distinct:
             label = "" if len(distinct) == 1 else f" {sparse_mode(config)}"

@@ -13,7 +13,7 @@ from fluxcompile.training.baselines import greedy_order, matrix_entropies
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK, token_losses
 from fluxcompile.training.objective import row_means
 
-BY = ("divergence", "loss")
+BY = ("divergence", "loss", "likelihood")
 
 Routes = tuple[int, ...]
 
@@ -22,9 +22,10 @@ class Search:
     """On ``--search-examples`` prompts a task of ``--search-length`` tokens, the training split's.
 
     Greedy search makes sparse, again and again, the layer that costs least: by ``divergence``, the
-    Kullback-Leibler divergence from full attention's predictions of the targets, or by ``loss``,
-    their cross entropy. What full attention itself gets wrong is noise in the one and not in the
-    other. Either is the mean over the prompts of each one's mean.
+    Kullback-Leibler divergence from full attention's predictions of the targets, by ``loss``,
+    their cross entropy, or by ``likelihood``, what is missing from 1 in the geometric mean of their
+    probabilities. What full attention itself gets wrong is noise in the loss and not in the others.
+    Each is the mean over the prompts of what their means say.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
@@ -76,5 +77,6 @@ class Search:
             teacher = None if teachers is None else teachers[i_batch]
             losses = token_losses(states, places.tokens, head, LOGITS_CHUNK, teacher)
             values = losses.cross_entropy if teacher is None else losses.divergence
-            rows.append(row_means(values.double(), places.rows, len(prompts)))
+            of_rows = row_means(values.double(), places.rows, len(prompts))
+            rows.append(1 - of_rows.neg().exp() if self.args.search_by == "likelihood" else of_rows)
         return float(torch.cat(rows)[: len(self._prompts)].mean())

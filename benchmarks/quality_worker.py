@@ -24,6 +24,8 @@ from quality_tiny import load_tiny
 #: of bf16 moves single tokens, and hardly their mean
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 
+COMPARED = 64  # prompts of each cell that both compiles are compared on
+
 
 class Disagreement(FluxError):
     """The two compiles do not compute the same: no number of either is reported."""
@@ -77,7 +79,8 @@ class Worker:
         """
         if self._graph is None or self._graph[0] != config:
             self.close()
-            opened = OneGraph.of(self.model, config, lowering=self.args.lowering)
+            how = {"lowering": self.args.lowering, "regional": self.args.regional}
+            opened = OneGraph.of(self.model, config, **how)
             graph = self._open.enter_context(opened)
             first = list(next(iter(self.cells.values())))[: self.args.batch]
             full_batch = first + first[-1:] * (self.args.batch - len(first))
@@ -91,7 +94,10 @@ class Worker:
         return AsUser.of(self.model, lowering=self.args.lowering, **routing)
 
     def agreement(self, expected: dict) -> float:
-        """How far full attention in the open graph is from ``expected``, mean losses by cell.
+        """How far full attention in the open graph is from ``expected``.
+
+        Args:
+            expected: mean loss of the first :data:`COMPARED` prompts, by cell.
 
         Raises:
             Disagreement: further than rounding explains.
@@ -99,7 +105,9 @@ class Worker:
         if self._apart is not None:
             return self._apart
         _, graph = self._graph
-        results = self.evaluate("full, again", graph.pattern((1,) * len(graph.router.layer_names)))
+        full = graph.pattern((1,) * len(graph.router.layer_names))
+        some = {cell: prompts[:COMPARED] for cell, prompts in self.cells.items()}
+        results = self.evaluate("full, again", full, some)
         bound = AGREEMENT[next(self.model.parameters()).dtype]
         worst = 0.0
         for cell, result in results.items():
@@ -115,11 +123,12 @@ class Worker:
         self._apart = worst
         return worst
 
-    def evaluate(self, name: str, engine: Engine) -> Results:
-        """Every prompt through ``engine``."""
-        total = sum(map(len, self.cells.values()))
+    def evaluate(self, name: str, engine: Engine, cells: Cells | None = None) -> Results:
+        """Every prompt, or those of ``cells``, through ``engine``."""
+        cells = self.cells if cells is None else cells
+        total = sum(map(len, cells.values()))
         with self._counting(name, total) as advance:
-            return evaluate(engine, self.cells, self.args.batch, advance)
+            return evaluate(engine, cells, self.args.batch, advance)
 
     def _counting(
         self, name: str, total: int

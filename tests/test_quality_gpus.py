@@ -180,7 +180,7 @@ def test_search_by_divergence_spares_the_layer_that_full_attention_needs(benchma
                 "style": "plain", "batch": 2}  # fmt: skip
     with OneGraph.of(model, FluxConfig(sink=16, local=64), lowering="eager") as graph:
         costs = {}
-        for by in ("divergence", "loss"):
+        for by in ("divergence", "loss", "likelihood"):
             search = Search(model, tokenizer, argparse.Namespace(**settings, search_by=by))
             assert sorted(search.greedy(graph, 2)) == [0, 1]
             teachers = None
@@ -188,7 +188,9 @@ def test_search_by_divergence_spares_the_layer_that_full_attention_needs(benchma
                 teachers = [graph.target_states(batch, (1, 1)) for batch in search._batches]
             costs[by] = [search._cost(graph, routes, teachers) for routes in ((1, 1), (0, 0))]
         engine = graph.pattern((0, 0))
-        loss = torch.cat([engine(batch).loss for batch in search._batches])[:3].mean()
+        losses = torch.cat([engine(batch).loss for batch in search._batches])[:3]
     assert costs["divergence"][0] == pytest.approx(0, abs=1e-6)
     assert costs["divergence"][1] > 1e-4
-    assert costs["loss"][1] == pytest.approx(float(loss), rel=1e-5)
+    assert costs["loss"][1] == pytest.approx(float(losses.mean()), rel=1e-5)
+    likely = losses.neg().exp()
+    assert 1 - costs["likelihood"][1] == pytest.approx(float(likely.mean()), rel=1e-5)

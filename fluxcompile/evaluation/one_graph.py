@@ -9,7 +9,7 @@ what follows a prompt attends as tokens that are decoded do.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -34,10 +34,11 @@ class OneGraph(PatternGraph):
 
     @classmethod
     @contextlib.contextmanager
-    def of(
-        cls, model: nn.Module, config: FluxConfig, *, lowering: str = "inductor"
-    ) -> Iterator[Self]:
+    def of(cls, model: nn.Module, config: FluxConfig, **how: Any) -> Iterator[Self]:
         """For ``model`` and the sparse attention of ``config``; frozen meanwhile.
+
+        Args:
+            model, config, how: as :meth:`PatternGraph.of` takes them.
 
         Raises:
             ConfigError: no training graph serves ``config``.
@@ -47,7 +48,7 @@ class OneGraph(PatternGraph):
         model = unwrap(model)
         check_trainable(model)
         torch._dynamo.reset()
-        with no_silent_eager(), super().of(model, config, lowering=lowering) as graph:
+        with no_silent_eager(), super().of(model, config, **how) as graph:
             yield graph
 
     def pattern(self, routes: Sequence[int]) -> Callable[[Sequence[Prompt]], Scores]:

@@ -13,7 +13,7 @@ from fluxcompile.errors import ConfigError
 from fluxcompile.passes.mix_attention import DIFFERENTIABLE
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
-from fluxcompile.training.backbone import attached, compiled, frozen
+from fluxcompile.training.backbone import attached, frozen, running
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK, Targets
 from fluxcompile.training.examples import Example
 from fluxcompile.training.language_model import LanguageModel
@@ -77,14 +77,27 @@ class PatternGraph:
     @classmethod
     @contextlib.contextmanager
     def of(
-        cls, model: nn.Module, config: FluxConfig, *, lowering: str = "inductor"
+        cls,
+        model: nn.Module,
+        config: FluxConfig,
+        *,
+        lowering: str = "inductor",
+        regional: bool = False,
     ) -> Iterator[Self]:
-        """For ``model`` and the sparse attention of ``config``; frozen meanwhile."""
+        """For ``model`` and the sparse attention of ``config``; frozen meanwhile.
+
+        Args:
+            model: not compiled.
+            config: of the sparse attention.
+            lowering: as the backend's option.
+            regional: compile decoder layers one by one, equal ones once.
+        """
         device = next(model.parameters()).device
         router = FluxRouter.from_model(model, config).to(device)
         with attached(model, router), frozen(model):
             language_model = LanguageModel.of(model).checked(model)
-            run = compiled(language_model.body, router, lowering=lowering)
+            how = {"regional": regional, "lowering": lowering}
+            run = running(model, language_model.body, router, **how)
             yield cls(router, language_model, run, device)
 
 

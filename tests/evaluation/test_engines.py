@@ -119,6 +119,19 @@ def test_patterns_are_the_same_both_ways(routes):
     assert (found.loss - full.loss).abs().min() > 1e-3, "sparse attention does not show"
 
 
+def test_layers_compiled_one_by_one_score_the_same():
+    llama = cases.model()
+    router = cases.divided_router(llama, PROMPTS)
+    found = []
+    for regional in (False, True):
+        how = {"lowering": "eager", "regional": regional}
+        with OneGraph.of(llama, cases.CONFIG, **how) as graph:
+            found.append((graph.routed(router)(PROMPTS), graph.pattern([0, 1, 0])(PROMPTS)))
+    for whole, by_layer in zip(*found, strict=True):
+        assert_same(by_layer, whole)
+    assert 0 < found[0][0].full.double().mean() < 1, "every row takes the same routes"
+
+
 def test_routers_are_the_same_both_ways():
     """And as a user: two graphs serve every length."""
     llama = cases.model()
