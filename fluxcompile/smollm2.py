@@ -76,7 +76,13 @@ def load(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[PreTr
 def load_tokenizer() -> object:
     """The tokenizer alone (49,152 ids, with a chat template): the weights are not read."""
     file = gguf_path()
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # Not every version of transformers takes them from the file: 5.17 has turns end with the token
+    # that they begin with.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = tokenizer.convert_ids_to_tokens(ARCHITECTURE[f"{name}_id"])
+        setattr(tokenizer, name, token)
+    return tokenizer
 
 
 def static_routes(num_layers: int = 30) -> list[int]:

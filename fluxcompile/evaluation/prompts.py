@@ -14,7 +14,6 @@ from torch import nn
 from fluxcompile.errors import DataError
 from fluxcompile.training.backbone import longest
 from fluxcompile.training.data import ALL, FORMS, builtin_mixture
-from fluxcompile.training.data.frame import frame
 
 #: what each task is judged by: the share of answers that are exactly right, or the mean loss
 METRICS = {task: "loss" if task in ("code", "prose") else "accuracy" for task in ALL}
@@ -48,16 +47,24 @@ class Prompt:
         prompt: token ids that the route is decided by.
         target: token ids that are judged: an answer without the token that ends it, or the second
             half of a stretch of text.
+
+    Raises:
+        DataError: no prompt, or nothing to judge: that would count as right whatever is said.
     """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target"):
+            if not getattr(self, name):
+                raise DataError.mismatch(f"{name} of a prompt to judge", "some tokens", "none")
+
     @classmethod
-    def of(cls, item: Mapping[str, Any], end: int) -> "Prompt":
-        """From an item of the built-in mixture; its last ``end`` tokens are not judged."""
+    def of(cls, item: Mapping[str, Any]) -> "Prompt":
+        """From an item of the built-in mixture; what ends its answer is not judged."""
         ids, start = item["input_ids"], item["prompt_length"]
-        return cls(tuple(ids[:start]), tuple(ids[start : len(ids) - end]))
+        return cls(tuple(ids[:start]), tuple(ids[start : len(ids) - item["end_length"]]))
 
 
 Cells = Mapping[Cell, Sequence[Prompt]]
@@ -104,7 +111,7 @@ def builtin_prompts(
                 style=style,
                 lead=1.0,
             )
-            cells[Cell(task, length)] = [_prompt(tokenizer, item) for item in items]
+            cells[Cell(task, length)] = [Prompt.of(item) for item in items]
     if not cells:
         raise DataError.mismatch("tasks and lengths", "at least one of each", "none")
     return cells
@@ -119,8 +126,3 @@ def check_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
     most = longest(model, max(lengths, default=0))
     if most < max(lengths, default=0):
         raise DataError.mismatch("lengths", f"at most {most}, the model's positions", max(lengths))
-
-
-def _prompt(tokenizer: Any, item: Mapping[str, Any]) -> Prompt:
-    answered = METRICS[item["form"]] == "accuracy"
-    return Prompt.of(item, len(frame(tokenizer, item["style"]).end) if answered else 0)

@@ -3,7 +3,8 @@
 import pytest
 
 from fluxcompile.errors import DataError
-from fluxcompile.evaluation import Cell, builtin_prompts
+from fluxcompile.evaluation import Cell, Prompt, builtin_prompts
+from fluxcompile.evaluation.prompts import METRICS
 from fluxcompile.training.data import ALL, builtin_mixture
 from tests.training.byte_tokenizer import EOS, ByteTokenizer
 
@@ -22,21 +23,36 @@ def test_every_task_at_every_length(tokenizer):
         assert len(prompts) == 3
         for prompt in prompts:
             end = cell.length - len(prompt.prompt) - len(prompt.target)
-            assert end == (1 if cell.metric == "accuracy" else 0), "what ends the answer"
+            assert end <= (len(" |") if cell.metric == "accuracy" else 0), "what ends the answer"
             assert EOS not in prompt.target
 
 
-def test_answers_are_led_up_to_and_bare(tokenizer):
-    (prompts,) = builtin_prompts(
-        tokenizer, tasks=["needle"], lengths=[LENGTH], examples=4, style="chat"
-    ).values()
+class _LongTurns(ByteTokenizer):
+    """Turns end with two tokens, as with an end-of-sequence token that is not the template's."""
+
+    eos_token_id = ByteTokenizer.eos_token_id + 1
+
+
+@pytest.mark.parametrize("turns", [ByteTokenizer, _LongTurns])
+@pytest.mark.parametrize("style", ["chat", "plain"])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("task", [task for task, metric in METRICS.items() if metric == "accuracy"])
+def test_answers_are_led_up_to_and_judged_whole(task, split, style, turns):
+    tokenizer = turns()
+    few = {"examples": 6, "split": split, "style": style}
+    (prompts,) = builtin_prompts(tokenizer, tasks=[task], lengths=[LENGTH], **few).values()
     items = builtin_mixture(
-        tokenizer, length=LENGTH, examples=4, split="heldout", tasks="needle", question="last",
-        style="chat", lead=1.0, seed=LENGTH,
-    )  # fmt: skip
+        tokenizer, length=LENGTH, tasks=task, question="last", lead=1.0, seed=LENGTH, **few
+    )
     for prompt, item in zip(prompts, items, strict=True):
         assert tokenizer.decode(prompt.target).strip() == item["answer"]
-        assert item["lead_length"] > 0
+        assert (item["lead_length"] > 0) == (task != "in_context")
+
+
+@pytest.mark.parametrize("empty", [{"prompt": ()}, {"target": ()}])
+def test_nothing_to_judge_is_refused(empty):
+    with pytest.raises(DataError, match=next(iter(empty))):
+        Prompt(**{"prompt": (1,), "target": (2,)} | empty)
 
 
 def test_continuations_are_the_second_half(tokenizer):

@@ -5,6 +5,8 @@ import importlib.util
 import pytest
 
 from fluxcompile import smollm2
+from fluxcompile.evaluation import builtin_prompts
+from fluxcompile.evaluation.prompts import METRICS
 from fluxcompile.training.data import ALL, builtin_mixture
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.tasks import resolve_tasks
@@ -44,6 +46,25 @@ def test_answers_are_what_the_labels_say(tokenizer, split):
             assert tail == tokenizer(tokenizer.decode(tail), add_special_tokens=False).input_ids
         else:
             assert end == ("<|im_end|>" if item["style"] == "chat" else "\n")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_answers_are_judged_whole(tokenizer, split):
+    accurate = [task for task, metric in METRICS.items() if metric == "accuracy"]
+    few = {"examples": 8, "split": split}
+    cells = builtin_prompts(tokenizer, tasks=accurate, lengths=[2048], **few)
+    for (task, length), prompts in cells.items():
+        items = builtin_mixture(
+            tokenizer, length=length, tasks=task, question="last", lead=1.0, seed=length, **few
+        )
+        for prompt, item in zip(prompts, items, strict=True):
+            assert tokenizer.decode(prompt.target).strip() == item["answer"]
+
+
+def test_turns_end_with_the_end_of_sequence(tokenizer):
+    """As the weights' config says, in every version of transformers."""
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id == smollm2.ARCHITECTURE["eos_token_id"]
 
 
 def test_prompts_are_what_the_chat_template_renders(tokenizer):

@@ -70,6 +70,7 @@ def builtin_mixture(
         for continuations), ``prompt_length`` (where the answer begins), ``lead_length`` (how many
         of the tokens before it are the beginning of a sentence that it ends), ``unread_length``
         (how many of those the router does not read: in half of such examples all, else none),
+        ``end_length`` (how many of the last tokens end the answer and are none of it),
         ``depth`` (where the earliest needed fact begins, as share of the example; None for holistic
         forms),
         ``wording``, ``style``, ``question`` and ``filler``.

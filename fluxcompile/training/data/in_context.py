@@ -32,6 +32,7 @@ def in_context(recipe: Recipe) -> dict:
         [*start, *examples, *after, *query, *frame.turn],
         answer,
         answer=asked.name,
+        end_length=len(frame.end),
         depth=None,
         wording=f"in_context {i_wording}",
         filler="code",

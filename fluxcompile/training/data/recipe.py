@@ -67,6 +67,7 @@ class Recipe:
             "prompt_length": len(prompt),
             "lead_length": 0,
             "unread_length": 0,
+            "end_length": 0,
             "style": self.frame.style,
             "question": self.question,
             **about,

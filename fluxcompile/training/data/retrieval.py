@@ -142,10 +142,8 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
     lead = recipe.ids(space + asked.lead) if led else []
     # What follows a sentence that was said to its end (a line break, the turn's end, another one)
     # is no matter of retrieval, so a led answer ends with it; a bare value has to stop.
-    if led:
-        answer = recipe.ids(f" {asked.answer}{asked.close}")
-    else:
-        answer = recipe.ids(f"{space}{asked.answer}") + frame.end
+    bare = recipe.ids(f"{' ' if led else space}{asked.answer}")
+    answer = recipe.ids(f" {asked.answer}{asked.close}") if led else bare + frame.end
 
     kind = rng.choice(wordings.fillers)
     texts = [recipe.ids(hidden.text) for hidden in asked.hidden]
@@ -160,6 +158,8 @@ def _ask(recipe: Recipe, asked: Asked) -> dict:
         depth=(len(start) + first_needed) / recipe.length,
         wording=f"{asked.wording}{' lead' if led else ''}",
         lead_length=len(lead),
+        # Where a token holds both, the answer's last one is the last of all.
+        end_length=len(answer) - len(bare) if answer[: len(bare)] == bare else 0,
         # The lead may be the user's, as in a completion, or the model's own words.
         unread_length=len(lead) if rng.random() < LEAD_UNREAD else 0,
         filler=kind,
