@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxcompile.errors import DataError
+from fluxcompile.errors import DataError, FluxError
 from fluxcompile.evaluation.intervals import Estimate, mean, wilson
 from fluxcompile.evaluation.prompts import Cell, Cells, Prompt
 from fluxcompile.evaluation.scoring import Scores
@@ -65,6 +65,7 @@ def evaluate(
 
     Raises:
         DataError: ``batch`` is below 1, or a cell has no prompts.
+        FluxError: a loss is not a number, whose prompt would be judged all the same.
     """
     if batch < 1:
         raise DataError.mismatch("batch", "at least 1", batch)
@@ -80,6 +81,9 @@ def evaluate(
             scores.append(Scores(*(column[: len(chosen)] for column in found)))
             if on_prompts is not None:
                 on_prompts(len(chosen))
-        columns = (torch.cat(column) for column in zip(*scores, strict=True))
-        results[cell] = CellResult(cell, *columns)
+        result = CellResult(cell, *(torch.cat(column) for column in zip(*scores, strict=True)))
+        if undefined := result.loss.isnan().nonzero().flatten().tolist():
+            which = f"loss of prompts {undefined[:8]} of {cell.task} at {cell.length}"
+            raise FluxError.mismatch(which, "a number", "nan")
+        results[cell] = result
     return results

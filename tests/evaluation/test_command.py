@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fluxcompile import FluxConfig, FluxRouter
 from fluxcompile.cli import app
-from fluxcompile.errors import DataError
+from fluxcompile.errors import DataError, FluxError
 from fluxcompile.evaluation import Cell, Prompt, command, evaluate
 from fluxcompile.evaluation.scoring import Scores
 from tests.router_models import tiny_llama
@@ -86,3 +86,14 @@ def test_batches_are_all_of_one_size():
         evaluate(engine, cells, batch=0)
     with pytest.raises(DataError, match="prompts of needle"):
         evaluate(engine, {Cell("needle", 8): []})
+
+
+def test_a_loss_that_is_no_number_is_not_judged():
+    def engine(prompts):
+        loss = torch.tensor([prompt.target[0] for prompt in prompts]).double()
+        loss[loss == 3] = float("nan")
+        return Scores(loss, loss > 2, torch.ones(len(prompts), 4, dtype=torch.bool))
+
+    cells = {Cell("code", 8): [Prompt((1,), (n,)) for n in range(5)]}
+    with pytest.raises(FluxError, match=r"prompts \[3\] of code at 8: expected a number, got nan"):
+        evaluate(engine, cells, batch=2)
