@@ -9,7 +9,7 @@ fills the cache and decides the routes, the answer follows. An answer counts if 
 says it token for token (judged teacher-forced, which is the same); code and prose by the loss of
 their second half, routed by the first. `fluxcompile/evaluation/as_user.py` says in which sparse
 modes so long a half is what generation computes. Static patterns share one training-mode compile,
-which is checked against the user's on the same prompts first; there it always is.
+which is checked against the user's first, on 64 prompts of each cell; there it always is.
 
 To compare at equal Ω, each router gets static counterparts with its own sparse attention and as
 many sparse layers as it has on average, rounded down in their favour: ``greedy`` (searched on

@@ -31,7 +31,7 @@ from quality_outcome import Outcome
 from quality_partial import Partial, prompts_digest, weights_digest
 from quality_pool import InPlace, Spread
 from quality_static import counterparts
-from quality_worker import COMPARED, Worker, load
+from quality_worker import Worker, load
 from slots import threads_each
 
 Routes = tuple[int, ...]
@@ -124,9 +124,7 @@ class Bench:
         given: Mapping[str, Routes],
         searches: Sequence[Job],
     ) -> list[StaticRun]:
-        expected = {
-            cell: float(result.loss[:COMPARED].mean()) for cell, result in full.results.items()
-        }
+        expected = {cell: result.loss for cell, result in full.results.items()}
         jobs = []
         for config in distinct:
             label = "" if len(distinct) == 1 else f" {sparse_mode(config)}"

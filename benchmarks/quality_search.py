@@ -11,7 +11,7 @@ from fluxcompile.evaluation import OneGraph, Prompt, builtin_prompts
 from fluxcompile.evaluation.scoring import Places
 from fluxcompile.training.baselines import greedy_order, matrix_entropies
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK, token_losses
-from fluxcompile.training.objective import row_means
+from fluxcompile.training.objective import row_means, shortfall
 
 BY = ("divergence", "loss", "likelihood")
 
@@ -23,9 +23,9 @@ class Search:
 
     Greedy search makes sparse, again and again, the layer that costs least: by ``divergence``, the
     Kullback-Leibler divergence from full attention's predictions of the targets, by ``loss``,
-    their cross entropy, or by ``likelihood``, what is missing from 1 in the geometric mean of their
-    probabilities. What full attention itself gets wrong is noise in the loss and not in the others.
-    Each is the mean over the prompts of what their means say.
+    their cross entropy, or by ``likelihood``, their :func:`shortfall`. What full attention itself
+    gets wrong is noise in the loss and not in the others. Each is the mean over the prompts of what
+    their means say.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
@@ -78,5 +78,5 @@ class Search:
             losses = token_losses(states, places.tokens, head, LOGITS_CHUNK, teacher)
             values = losses.cross_entropy if teacher is None else losses.divergence
             of_rows = row_means(values.double(), places.rows, len(prompts))
-            rows.append(1 - of_rows.neg().exp() if self.args.search_by == "likelihood" else of_rows)
+            rows.append(shortfall(of_rows) if self.args.search_by == "likelihood" else of_rows)
         return float(torch.cat(rows)[: len(self._prompts)].mean())

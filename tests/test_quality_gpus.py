@@ -169,7 +169,7 @@ def test_digests_see_every_token_and_weight(benchmarks):
 
 
 def test_search_by_divergence_spares_the_layer_that_full_attention_needs(benchmarks):
-    """Both ways find an order; the divergence of full attention from itself is 0."""
+    """Every way finds an order; the divergence of full attention from itself is 0."""
     import argparse
 
     from fluxcompile import FluxConfig

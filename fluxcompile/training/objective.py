@@ -62,6 +62,14 @@ def row_means(token_losses: torch.Tensor, rows: torch.Tensor, batch: int) -> tor
     return total / count.clamp(min=1)
 
 
+def shortfall(row_losses: torch.Tensor) -> torch.Tensor:
+    """How far each row's targets are from certain: ``1 − p``, of its mean cross entropy ``[B]``.
+
+    ``p`` is the geometric mean of their probabilities. Bounded by 0 and 1, as a wrong answer is.
+    """
+    return 1 - row_losses.neg().exp()
+
+
 def routed_sparsity(shares: torch.Tensor, noise: torch.Tensor, temperature: float) -> torch.Tensor:
     """Share of layers that inference would run sparse: argmax of the logits, the noise taken off.
 

@@ -9,7 +9,7 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
-from fluxcompile.training.objective import row_means
+from fluxcompile.training.objective import row_means, shortfall
 from fluxcompile.training.patterns import pinning_noise
 
 #: of routes, one 0 or 1 (full attention) a layer
@@ -26,10 +26,9 @@ def route_cost(
 ) -> Cost:
     """How far the targets are from certain, mean of rows, as a function of routes.
 
-    A row counts ``1 − p``, where ``p`` is the geometric mean of its targets' probabilities. It lies
-    between 0 and 1, as a wrong answer does: a divergence from full attention's predictions has no
-    bound, so that a few rows decide a search by it, and it holds it against routes that they
-    predict an answer better than full attention.
+    A row counts its :func:`shortfall`. A divergence from full attention's predictions has no bound,
+    so that a few rows decide a search by it, and it holds it against routes that they predict an
+    answer better than full attention.
 
     Args:
         router: attached to the model; what it decides does not matter.
@@ -54,6 +53,6 @@ def route_cost(
             with soft_routes(router, noise=noise, prompt_length=prompt_length):
                 losses = language_model.losses(run, ids, mask, targets, logits_chunk)
             rows.append(row_means(losses.cross_entropy, targets.rows, len(ids)))
-        return 1 - float(torch.cat(rows).double().neg().exp().mean())
+        return float(shortfall(torch.cat(rows).double()).mean())
 
     return cost
