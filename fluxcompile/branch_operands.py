@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fluxcompile.passes.graph_util import hint
 from fluxcompile.torch_internals import internal
 
 CustomGraphPass = internal("torch._inductor.custom_graph_pass", "CustomGraphPass")
@@ -49,9 +48,10 @@ def _in_eager_order(graph: fx.Graph, operand: object) -> object:
     value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return operand
-    strides = [hint(stride) for stride in value.stride()]  # only their order counts
+    # As symbols: numbers that are true of this call alone would be a guard on its length.
+    symbols = getattr(graph, "materialize_symints", tuple)  # torch 2.11 takes them as they are
     node = graph.call_function(
-        torch.ops.prims.inductor_force_stride_order.default, (operand, strides)
+        torch.ops.prims.inductor_force_stride_order.default, (operand, symbols(value.stride()))
     )
     node.meta["val"] = value
     return node

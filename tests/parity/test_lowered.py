@@ -1,6 +1,8 @@
 """The backend by its name, with real Inductor underneath: a few journeys from end to end."""
 
 import pytest
+import torch
+from transformers import DynamicCache
 
 import fluxcompile
 from tests.parity.decide import decide
@@ -50,6 +52,36 @@ def test_static_cache_under_a_router(lowering):
         assert fluxcompile.routes(model).fa.tolist() == full.tolist()
         assert_follows(twin, got, given, definition_of(full, router.config))
     eager(model)
+
+
+def last_logits(model, ids, cut: tuple[int, ...]):
+    """Logits of the last token of a prompt that comes in pieces of ``cut`` tokens."""
+    cache, seen = DynamicCache(config=model.config), 0
+    for piece in ids.split(cut, dim=1):
+        seen += piece.shape[1]
+        mask = torch.ones(ids.shape[0], seen, dtype=torch.long)
+        with torch.no_grad():
+            out = model(input_ids=piece, attention_mask=mask, past_key_values=cache)
+    return out.logits[:, -1]
+
+
+def test_inductor_settles_after_two_lengths_and_three_chunks():
+    """Guarded branches keep no length of the call that compiled them, alone or beside a past."""
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    router = random_router(model)
+    for made, lowering in ((model, "inductor"), (twin, "aot_eager")):
+        fluxcompile.attach(made, router)
+        made.compile(backend="flux", options={"lowering": lowering, "strict": True})
+    for cuts in (((63,), (90,), (117,), (201,)), ((64,) * 3, (64,) * 4, (64,) * 6)):
+        *_, longest = cuts
+        for cut in cuts:
+            ids = prompt(1, sum(cut), seed=sum(cut)).ids
+            settled = cut is longest or cut == (117,)
+            with torch.compiler.set_stance("fail_on_recompile" if settled else "default"):
+                got = last_logits(model, ids, cut)
+            torch.testing.assert_close(got, last_logits(twin, ids, cut), rtol=1e-4, atol=1e-4)
+    eager(model)
+    eager(twin)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
