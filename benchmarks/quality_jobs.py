@@ -70,18 +70,28 @@ class Routed:
 
 @dataclass(frozen=True)
 class Greedy:
-    """Greedy search for ``depth`` sparse layers: one after the other, on one worker."""
+    """Greedy search for ``depth`` sparse layers: one after the other, on one worker.
+
+    Attributes:
+        method: its name among the methods.
+        kind: of prompts that it goes by; None for all.
+    """
 
     config: FluxConfig
     depth: int
-    name: str = "greedy search"
+    method: str
+    kind: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} search"
 
     def about(self) -> list[Any]:
-        return ["greedy", self.config.to_dict(), self.depth]
+        return ["greedy", self.config.to_dict(), self.depth, self.kind]
 
     def run(self, worker: Worker) -> Outcome:
         started = time.perf_counter()
-        order = worker.search.greedy(worker.graph(self.config), self.depth)
+        order = worker.search.greedy(worker.graph(self.config), self.depth, self.kind)
         return Outcome(time.perf_counter() - started, order=tuple(order))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from common import some_gpus, undated
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import OptionError
-from fluxcompile.evaluation.prompts import Cells
+from fluxcompile.evaluation.prompts import KINDS, Cells
 from fluxcompile.model_layers import attention_layers
 from fluxcompile.training.patterns import serves
 from quality_contenders import (
@@ -30,7 +30,7 @@ from quality_jobs import Entropies, Full, Greedy, Job, Pattern, Routed
 from quality_outcome import Outcome
 from quality_partial import Partial, prompts_digest, weights_digest
 from quality_pool import InPlace, Spread
-from quality_static import counterparts
+from quality_static import SEARCHED, counterparts
 from quality_worker import Worker, load
 from slots import threads_each
 
@@ -111,10 +111,20 @@ class Bench:
         jobs: list[Job] = []
         if depth and "entropy" in self._args.methods:
             jobs.append(Entropies())
-        if depth and "greedy" in self._args.methods:
-            # The last compile is the one that the patterns begin with.
-            jobs += [Greedy(config, depth) for config in reversed(distinct) if serves(config)]
+        # The last compile is the one that the patterns begin with.
+        jobs += [
+            Greedy(config, depth, method, SEARCHED[method])
+            for config in reversed(distinct)
+            for method in self._methods(config)
+            if depth and method in SEARCHED
+        ]
         return jobs
+
+    def _methods(self, config: FluxConfig) -> list[str]:
+        """Those that were asked for, without searches that cannot be made."""
+        kinds = {None, *(KINDS[task] for task in self._args.tasks)}
+        possible = [m for m, kind in SEARCHED.items() if serves(config) and kind in kinds]
+        return [m for m in self._args.methods if m not in SEARCHED or m in possible]
 
     def _statics(
         self,
@@ -151,19 +161,19 @@ class Bench:
         given: Mapping[str, Routes],
         searches: Sequence[Job],
     ) -> dict[str, Routes]:
-        methods = list(self._args.methods)
-        if not serves(config) and "greedy" in methods:
+        methods = self._methods(config)
+        if left_out := set(self._args.methods) - set(methods):
             print(
-                f"no greedy patterns of {sparse_mode(config)}: only attention that can be trained "
-                "has one compile for every pattern"
+                f"no patterns of {sparse_mode(config)} by {sorted(left_out)}: a search wants "
+                "attention that can be trained, which has one compile for every pattern, and "
+                "prompts of its kind"
             )
-            methods.remove("greedy")
         orders = {}
         for job in searches:
             if isinstance(job, Entropies):
                 orders["entropy"] = self._of(job).order
             elif job.config == config:
-                orders["greedy"] = self._of(job).order
+                orders[job.method] = self._of(job).order
         alike = [run for run in routers if same_attention(run.config, config)]
         found = counterparts(
             self._layers, alike, methods, orders, also=self._args.sparse_layers,

@@ -10,8 +10,10 @@ from fluxcompile.evaluation.compare import kind_weights, omega
 from fluxcompile.training.baselines import random_routes
 from quality_contenders import RouterRun
 
-METHODS = ("greedy", "entropy", "random", "majority")
-ORDERED = ("greedy", "entropy")  # those that put the layers in an order, see quality_search
+METHODS = ("greedy", "greedy-retrieval", "entropy", "random", "majority")
+#: greedy search, and the prompts that it goes by: of one kind, or all
+SEARCHED = {"greedy": None, "greedy-retrieval": "retrieval"}
+ORDERED = (*SEARCHED, "entropy")  # those that put the layers in an order, see quality_search
 _SLACK = 1e-6  # of a number of layers that rounding may have taken away
 
 Routes = tuple[int, ...]

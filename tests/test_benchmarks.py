@@ -161,17 +161,21 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
     shown = run_script(
         "quality.py", "--lowering", "eager", "--lengths", "1536", "--tasks", "needle", "code",
         "--examples", "2", "--batch", "2", "--search-length", "1536", "--search-examples", "1",
-        "--methods", "greedy", "majority", "--router", f"first={tmp_path / 'router'}",
+        "--methods", "greedy", "greedy-retrieval", "majority",
+        "--router", f"first={tmp_path / 'router'}",
         "--static", "second=1,0", "--output", str(output),
         *([] if importlib.util.find_spec("matplotlib") else ["--no-plots"]),
     )  # fmt: skip
     record = json.loads((output / "quality.json").read_text())
     assert {"date", "commit", "device"} <= record["environment"].keys()
     runs = {run["name"]: run for run in record["runs"]}
-    names = ["full", "first", "all sparse", "second", "greedy 1/2", "majority of first"]
+    names = [
+        "full", "first", "all sparse", "second", "greedy 1/2", "greedy-retrieval 1/2",
+        "majority of first",
+    ]  # fmt: skip
     assert list(runs) == names
     assert runs["majority of first"]["routes"] == [0, 1]
-    assert [run["omega"] for run in runs.values()] == [0, 0.5, 1, 0.5, 0.5, 0.5]
+    assert [run["omega"] for run in runs.values()] == [0, 0.5, 1, 0.5, 0.5, 0.5, 0.5]
     for routed, static in zip(
         runs["first"]["cells"], runs["majority of first"]["cells"], strict=True
     ):
@@ -182,6 +186,7 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
     assert goals["needle"]["met"] is None, "4096 tokens were not run"
     assert goals["quality"]["note"].split(",")[0] in names
     assert goals["quality"]["met"] is False, "one of the patterns is the router's own"
+    assert goals["retrieval"]["met"] is None, "full attention fails the toy's needles"
     assert goals["code"]["met"] is False, "Ω is 0.5"
     assert "MISSED" in shown
     if importlib.util.find_spec("matplotlib"):

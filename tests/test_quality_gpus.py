@@ -185,12 +185,17 @@ def test_search_by_divergence_spares_the_layer_that_full_attention_needs(benchma
         for by in ("divergence", "loss", "likelihood"):
             search = Search(model, tokenizer, argparse.Namespace(**settings, search_by=by))
             assert sorted(search.greedy(graph, 2)) == [0, 1]
+            batches = search._batches("retrieval")
+            assert [batch.wanted for batch in batches] == [2, 1]
+            assert search._batches("holistic") == []
             teachers = None
             if by == "divergence":
-                teachers = [graph.target_states(batch, (1, 1)) for batch in search._batches]
-            costs[by] = [search._cost(graph, routes, teachers) for routes in ((1, 1), (0, 0))]
+                teachers = [graph.target_states(batch.prompts, (1, 1)) for batch in batches]
+            costs[by] = [
+                search._cost(graph, routes, batches, teachers) for routes in ((1, 1), (0, 0))
+            ]
         engine = graph.pattern((0, 0))
-        losses = torch.cat([engine(batch).loss for batch in search._batches])[:3]
+        losses = torch.cat([engine(batch.prompts).loss[: batch.wanted] for batch in batches])
     assert costs["divergence"][0] == pytest.approx(0, abs=1e-6)
     assert costs["divergence"][1] > 1e-4
     assert costs["loss"][1] == pytest.approx(float(losses.mean()), rel=1e-5)

@@ -78,16 +78,26 @@ def relative(results: Results, full: Results, cells: Iterable[Cell], **settings)
     Raises:
         DataError: no cells, or of several metrics.
     """
-    cells = list(cells)
-    metrics = {cell.metric for cell in cells}
-    if len(metrics) != 1:
-        raise DataError.mismatch("cells", "some, of one metric", sorted(metrics) or "none")
+    cells = _of_one_metric(cells)
 
     def ratio(means: list[Tensor]) -> Tensor:
         ours, theirs = torch.stack(means).mean(dim=0).unbind(dim=-1)
         return ours / theirs
 
     return bootstrap(_columns(cells, results, full), ratio, **settings)
+
+
+def relative_difference(
+    ours: Results, theirs: Results, full: Results, cells: Iterable[Cell], **settings
+) -> Estimate:
+    """:func:`relative` of one minus that of another, prompt by prompt."""
+    cells = _of_one_metric(cells)
+
+    def difference(means: list[Tensor]) -> Tensor:
+        first, second, whole = torch.stack(means).mean(dim=0).unbind(dim=-1)
+        return (first - second) / whole
+
+    return bootstrap(_columns(cells, ours, theirs, full), difference, **settings)
 
 
 def quality(
@@ -110,6 +120,14 @@ def quality_difference(
     first, second = _quality(cells, 0), _quality(cells, 1)
     columns = _columns(cells, ours, theirs, full)
     return bootstrap(columns, lambda means: first(means) - second(means), **settings)
+
+
+def _of_one_metric(cells: Iterable[Cell]) -> list[Cell]:
+    cells = list(cells)
+    metrics = {cell.metric for cell in cells}
+    if len(metrics) != 1:
+        raise DataError.mismatch("cells", "some, of one metric", sorted(metrics) or "none")
+    return cells
 
 
 def _quality(cells: Sequence[Cell], column: int) -> Callable[[list[Tensor]], Tensor]:

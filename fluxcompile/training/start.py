@@ -23,7 +23,9 @@ from fluxcompile.training.route_cost import Cost
 GREEDY = "greedy"
 COARSE = 4  # one batch in so many is enough to see which layers are not worth much
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
-_JITTER = 0.5  # deviations of noise on what is read: wordings differ, and a few hundred are seen
+# Deviations of noise on what is read. Questions lie close together, other texts do not: with much
+# noise whatever is new is taken for a question.
+_JITTER = 0.1
 _STEPS = 400
 _LEARNING_RATE, _DECAY = 1e-3, 0.1
 

@@ -11,6 +11,7 @@ from fluxcompile.evaluation.compare import (
     quality,
     quality_difference,
     relative,
+    relative_difference,
 )
 from fluxcompile.evaluation.evaluate import CellResult
 from fluxcompile.evaluation.prompts import Cell
@@ -55,6 +56,16 @@ def test_relative_to_full():
         relative(OURS, FULL, [NEEDLE, CODE])
     with pytest.raises(DataError, match="none"):
         relative(OURS, FULL, [])
+
+
+def test_relative_difference_is_taken_prompt_by_prompt():
+    assert relative_difference(OURS, OURS, FULL, [CODE]) == (0, 0, 0)
+    found = relative_difference(FULL, OURS, FULL, [NEEDLE, HOPS])
+    assert found.value == pytest.approx(0.25 / 1.5)
+    assert found.low == 0 < found.high
+    assert relative_difference(OURS, FULL, FULL, [CODE]).value == pytest.approx(0.25)
+    with pytest.raises(DataError, match="one metric"):
+        relative_difference(OURS, FULL, FULL, [NEEDLE, CODE])
 
 
 def test_quality_is_the_mean_share_of_what_full_attention_has():

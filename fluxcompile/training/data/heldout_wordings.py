@@ -1,9 +1,12 @@
-"""Wordings of the held-out prompts: other sentences, other names, shorter values.
+"""Wordings of the held-out prompts: other sentences, other names, other forms of values.
 
 They were chosen so that a small model (SmolLM2-135M) with full attention answers them: a share of
 what full attention finds says little where it finds little. That selects for prompts that can be
 answered, not for any way of routing; no router and no sparse pattern was looked at. Figures are
 taken with other seeds than those that wordings were chosen with.
+
+No value has a digit, as all of training's have. Half of their forms are short, half take about four
+tokens: of an answer of one or two hardly anything has to be decoded.
 """
 
 from fluxcompile.training.data.wordings import Chain, Fact, Wordings, listed
@@ -151,7 +154,7 @@ WORDINGS = Wordings(
         "reef ripple ruby saffron sage scarlet shadow silver sparrow spruce thistle thunder tiger "
         "timber topaz tulip velvet violet walnut willow wolf zephyr"
     ),
-    values=("@@@", "*"),
+    values=("@@@", "*", "*-*", "@@@@@@"),
     record_keys=("*",),
     fillers=("mixed", "code", "prose", "mixed"),
 )
