@@ -52,11 +52,11 @@ def without_graphs_of_prompts(
 def _patches(gm: fx.GraphModule, options: CompileOptions) -> dict[str, Any]:
     from torch._inductor import config
 
-    from fluxcompile.branch_operands import KeepBranchOperandOrder
+    from fluxcompile.branch_operands import PrepareBranchOperands
 
     patches = options.inductor_patches()
     name = "post_grad_custom_post_pass"
-    patches[name] = KeepBranchOperandOrder(patches.get(name, getattr(config, name)))
+    patches[name] = PrepareBranchOperands(patches.get(name, getattr(config, name)))
     patches["unsafe_marked_cacheable_functions"] = {
         **config.unsafe_marked_cacheable_functions,
         **our_functions(gm),

@@ -135,13 +135,8 @@ class Emitter:
             return self.call(torch.ops.flux.await_flag.default, (sent, list(behind)))
 
     def cond(self, predicate: fx.Node, yes: Branch, no: Branch, like: fx.Node) -> fx.Node:
-        """``torch.cond`` between two branches over the union of their operands.
-
-        A size like "past + 256" tells Inductor nothing of "past", which it wants to know of each
-        branch: symbols that no operand carries by themselves are handed over too.
-        """
+        """``torch.cond`` between two branches over the union of their operands."""
         operands = list(dict.fromkeys([*yes.operands(), *no.operands()]))
-        operands += [self.size(symbol) for symbol in _symbols_within(operands)]
         branches = [
             self.graph.get_attr(self.submodule("flux_branch", branch.module(operands)))
             for branch in (yes, no)
@@ -190,21 +185,6 @@ class Branch:
         return graph.call_method("contiguous", (graph.call_method("transpose", (result, 1, 2)),))
 
 
-def _symbols_within(operands: list[fx.Node]) -> list[sympy.Symbol]:
-    """The symbols in the operands' sizes and strides that are not a size, or an operand, alone."""
-    alone: set[sympy.Expr] = set()
-    found: set[sympy.Symbol] = set()
-    for value in map(value_of, operands):
-        if isinstance(value, torch.SymInt):
-            alone.add(as_expr(value))
-        elif isinstance(value, torch.Tensor):
-            sizes = [as_expr(size) for size in value.shape]
-            alone.update(sizes)
-            for expression in (*sizes, *map(as_expr, value.stride())):
-                found.update(expression.free_symbols)
-    return sorted(found - alone, key=str)
-
-
 def _size_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
     """For each size symbol an input that carries it: a SymInt input, else a tensor's axis."""
     sources: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
@@ -212,11 +192,8 @@ def _size_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[fx.Node, int | No
         if node.op != "placeholder":
             break
         value = value_of(node)
-        if not isinstance(value, torch.SymInt) or not (symbol := as_expr(value)).is_Symbol:
-            continue
-        # Of inputs found to be equal, Inductor knows each by the name that it began with.
-        if symbol not in sources or value.node._expr == symbol:
-            sources[symbol] = (node, None)
+        if isinstance(value, torch.SymInt) and as_expr(value).is_Symbol:
+            sources[as_expr(value)] = (node, None)
     for node in graph.nodes:
         if node.op == "placeholder" and is_tensor(node):
             for axis, size in enumerate(value_of(node).shape):

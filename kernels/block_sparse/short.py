@@ -17,7 +17,7 @@ from fluxcompile.kernels.streaming.hopper_tiles import Keys, Row
 
 STAGES = 2  # blocks, and tiles of queries, in shared memory at once
 # Tiles a program that are kept for the end, of the shortest: programs then end together.
-_TAIL = 4
+_TAIL = 2
 
 
 @aggregate

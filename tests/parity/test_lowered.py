@@ -54,32 +54,53 @@ def test_static_cache_under_a_router(lowering):
     eager(model)
 
 
-def last_logits(model, ids, cut: tuple[int, ...]):
+def routed_pair():
+    """A model under Inductor and its twin under the cheap lowering, with one router."""
+    made = [tiny_model("llama"), tiny_model("llama")]
+    router = random_router(made[0])
+    for model, lowering in zip(made, ("inductor", "aot_eager"), strict=True):
+        fluxcompile.attach(model, router)
+        model.compile(backend="flux", options={"lowering": lowering, "strict": True})
+    return made
+
+
+@torch.no_grad()
+def last_logits(model, given, cut: tuple[int, ...], cache=None):
     """Logits of the last token of a prompt that comes in pieces of ``cut`` tokens."""
-    cache, seen = DynamicCache(config=model.config), 0
-    for piece in ids.split(cut, dim=1):
+    cache, seen = cache or DynamicCache(config=model.config), 0
+    for piece in given.ids.split(cut, dim=1):
         seen += piece.shape[1]
-        mask = torch.ones(ids.shape[0], seen, dtype=torch.long)
-        with torch.no_grad():
-            out = model(input_ids=piece, attention_mask=mask, past_key_values=cache)
+        mask = given.mask[:, :seen]
+        out = model(input_ids=piece, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
     return out.logits[:, -1]
 
 
-def test_inductor_settles_after_two_lengths_and_three_chunks():
-    """Guarded branches keep no length of the call that compiled them, alone or beside a past."""
-    model, twin = tiny_model("llama"), tiny_model("llama")
-    router = random_router(model)
-    for made, lowering in ((model, "inductor"), (twin, "aot_eager")):
-        fluxcompile.attach(made, router)
-        made.compile(backend="flux", options={"lowering": lowering, "strict": True})
-    for cuts in (((63,), (90,), (117,), (201,)), ((64,) * 3, (64,) * 4, (64,) * 6)):
-        *_, longest = cuts
-        for cut in cuts:
-            ids = prompt(1, sum(cut), seed=sum(cut)).ids
-            settled = cut is longest or cut == (117,)
-            with torch.compiler.set_stance("fail_on_recompile" if settled else "default"):
-                got = last_logits(model, ids, cut)
-            torch.testing.assert_close(got, last_logits(twin, ids, cut), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    "cuts",
+    [((63,), (90,), (117,), (201,)), ((64,) * 3, (64,) * 4, (64,) * 6)],
+    ids=["lengths", "chunks"],
+)
+def test_inductor_settles(cuts):
+    """After two lengths, or three chunks: guarded branches keep no size of the call that compiled
+    them, alone or beside a past."""
+    model, twin = routed_pair()
+    for i_prompt, cut in enumerate(cuts):
+        given = prompt(1, sum(cut))
+        with torch.compiler.set_stance("fail_on_recompile" if i_prompt > 1 else "default"):
+            got = last_logits(model, given, cut)
+        torch.testing.assert_close(got, last_logits(twin, given, cut), rtol=1e-4, atol=1e-4)
+    eager(model)
+    eager(twin)
+
+
+def test_inductor_settles_on_static_caches_of_their_prompts_sizes():
+    """Each mask is a slice of one whose strides are products of the prompt's and cache's sizes."""
+    model, twin = routed_pair()
+    for batch, length in ((1, 63), (1, 90), (3, 70), (2, 117)):
+        given, settled = prompt(batch, length, "left"), batch == 2
+        with torch.compiler.set_stance("fail_on_recompile" if settled else "default"):
+            got = generate(model, given, 2, static=True)
+        assert_same_generation(got, generate(twin, given, 2, static=True))
     eager(model)
     eager(twin)
 
