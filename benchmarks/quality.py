@@ -15,8 +15,8 @@ To compare at equal Ω, each router gets static counterparts with its own sparse
 many sparse layers as it has on average, rounded down in their favour: ``greedy`` (searched on
 training prompts: what costs least by ``--search-by``), ``greedy-retrieval`` (searched on those of
 retrieval alone), ``entropy``, ``random``, and ``majority``, the layers that the router itself most
-often makes sparse. Routers of several sparse modes may take
-part at once: the patterns then say theirs in their names.
+often makes sparse. Routers of several sparse modes may take part at once: the patterns then say
+theirs in their names.
 
 The ablation: train routers that differ in one setting and give all of them, seeds under one name:
 
@@ -96,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-examples", type=int, default=16, help="a task, of greedy's")
     parser.add_argument(
         "--search-by", choices=BY, default=BY[0],
-        help="what greedy's layers should cost least of: divergence from full attention, or loss",
+        help="what a search's layers should cost least of",
     )  # fmt: skip
     parser.add_argument(
         "--through",

@@ -2,11 +2,11 @@
 
 They were chosen so that a small model (SmolLM2-135M) with full attention answers them: a share of
 what full attention finds says little where it finds little. That selects for prompts that can be
-answered, not for any way of routing; no router and no sparse pattern was looked at. Figures are
-taken with other seeds than those that wordings were chosen with.
+answered, not for any way of routing; no router and no sparse pattern was looked at, but for the
+lengths of values. Figures are taken with other seeds than those that wordings were chosen with.
 
-No value has a digit, as all of training's have. Half of their forms are short, half take about four
-tokens: of an answer of one or two hardly anything has to be decoded.
+No value has a digit, as all of training's have. Half of their forms are short, half take three to
+five tokens: answers of one or two, of which hardly anything is decoded, every pattern keeps.
 """
 
 from fluxcompile.training.data.wordings import Chain, Fact, Wordings, listed
