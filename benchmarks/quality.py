@@ -15,8 +15,9 @@ To compare at equal Ω, each router gets static counterparts with its own sparse
 many sparse layers as it has on average, rounded down in their favour: ``greedy`` (searched on
 training prompts: what costs least by ``--search-by``), ``greedy-retrieval`` (searched on those of
 retrieval alone), ``entropy``, ``random``, and ``majority``, the layers that the router itself most
-often makes sparse. Routers of several sparse modes may take part at once: the patterns then say
-theirs in their names.
+often makes sparse. Routers are held against them by the probability of right answers, which needs
+fewer prompts than their number. Routers of several sparse modes may take part at once: the patterns
+then say theirs in their names.
 
 The ablation: train routers that differ in one setting and give all of them, seeds under one name:
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from fluxcompile.errors import DataError
 from fluxcompile.evaluation import Cell
 from fluxcompile.evaluation.compare import (
+    Measure,
+    certainty,
     context_awareness,
     judged,
+    metric,
     omega,
-    quality,
     quality_difference,
     relative,
     relative_difference,
@@ -26,6 +28,7 @@ LOSS = 0.035  # over full attention's
 LOSS_OMEGA = 0.75
 AWARENESS = 0.2
 GAIN = 1e-3  # of full attention's quality: rounding in two compiles is no gain
+# Of retrieval by the probability of right answers: what two patterns differ in moves few answers.
 BETTER_RETRIEVAL = "retrieval over every static's at equal Ω, at any loss: interval > 0"
 BETTER_QUALITY = f"quality over the best static's at equal Ω: interval > {GAIN}"
 
@@ -147,34 +150,46 @@ class _Judge:
 
         So no pattern of the router's loss, or of less, keeps as much.
         """
-        best = max(rivals, key=lambda rival: relative(rival.results, self.full, cells).value)
-        found = self._apart(best, cells)
+        best = max(
+            rivals, key=lambda rival: relative(rival.results, self.full, cells, certainty).value
+        )
+        found = self._apart(best, cells, certainty)
         return self._against(BETTER_RETRIEVAL, best, found, found.low > 0, compared)
 
     def _quality(
         self, rivals: Sequence[StaticRun], cells: list[Cell], compared: Compared
     ) -> Verdict:
         """Retrieval and loss together, a percent of the one for a percent of the other."""
-        best = max(rivals, key=lambda rival: quality(rival.results, self.full, cells).value)
-        both = self.results, best.results
-        found = quality_difference(*both, self.full, cells, seed=self.seed)
+        apart = {
+            rival.name: quality_difference(
+                self.results, rival.results, self.full, cells, certainty, seed=self.seed
+            )
+            for rival in rivals
+        }
+        best = min(rivals, key=lambda rival: apart[rival.name].value)
+        found = apart[best.name]
         return self._against(BETTER_QUALITY, best, found, found.low > GAIN, compared)
 
     def _against(
         self, goal: str, best: StaticRun, found: Estimate, met: bool, compared: Compared
     ) -> Verdict:
+        measures = {
+            "probability": ("retrieval", certainty),
+            "accuracy": ("retrieval", metric),
+            "loss": ("loss", metric),
+        }
         apart = [
-            f"{name} {self._apart(best, of_one).value:+.3f}"
-            for name, of_one in compared.items()
-            if of_one
+            f"{name} {self._apart(best, compared[kind], by).value:+.3f}"
+            for name, (kind, by) in measures.items()
+            if compared[kind]
         ]
         note = ", ".join([f"{best.name}, Ω {omega(best.results):.2f}", *apart])
         return self._verdict(goal, found, omega(self.results), met, note)
 
-    def _apart(self, rival: StaticRun, cells: list[Cell]) -> Estimate:
-        """The router's accuracy or loss minus the rival's, in shares of full attention's."""
+    def _apart(self, rival: StaticRun, cells: list[Cell], by: Measure) -> Estimate:
+        """What the router has minus what the rival has, in shares of what full attention has."""
         both = self.results, rival.results
-        return relative_difference(*both, self.full, cells, seed=self.seed)
+        return relative_difference(*both, self.full, cells, by, seed=self.seed)
 
     def _verdict(
         self,

@@ -1,5 +1,6 @@
 """Verdicts of `benchmarks/quality_goals.py` on results that were written down by hand."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,14 +39,18 @@ def judged(monkeypatch):
     return judge
 
 
+SURE, UNSURE = 0.0, 2.0  # loss of an answer
+
+
 def results(right: int, loss: float, sparse=(2, 2)):
     """Of 100 needles so many found, code at a loss; of four layers so many sparse in each."""
-    found = (torch.arange(100) < right, torch.full((100,), loss, dtype=torch.float64))
+    exact = torch.arange(100) < right
+    losses = torch.where(exact, SURE, UNSURE), torch.full((100,), loss)
     made = {}
-    for cell, values, count in zip((NEEDLE, CODE), found, sparse, strict=True):
+    for cell, values, count in zip((NEEDLE, CODE), losses, sparse, strict=True):
         full = (torch.arange(4) >= count).expand(100, 4)
-        exact = values if cell is NEEDLE else torch.zeros(100, dtype=torch.bool)
-        made[cell] = CellResult(cell, values.double(), exact, full)
+        found = exact if cell is NEEDLE else torch.zeros(100, dtype=torch.bool)
+        made[cell] = CellResult(cell, values.double(), found, full)
     return made
 
 
@@ -56,10 +61,14 @@ def test_retrieval_is_held_against_the_pattern_that_keeps_most_of_it(judged):
     }
     found = judged({"right": 99, "loss": 2.1, "sparse": (1, 3)}, **patterns)
     retrieval, quality = found["retrieval"], found["quality"]
-    assert retrieval.found.value == pytest.approx(0.14)
+    surer = 0.14 * (1 - math.exp(-UNSURE))
+    assert retrieval.found.value == pytest.approx(surer)
     assert retrieval.met
-    assert retrieval.note == "finder, Ω 0.50, retrieval +0.140, loss -0.200"
-    assert quality.note == "cheap, Ω 0.50, retrieval +0.290, loss +0.050"
+    note = f"finder, Ω 0.50, probability {surer:+.3f}, accuracy +0.140, loss -0.200"
+    assert retrieval.note == note
+    assert quality.note.startswith("cheap, Ω 0.50, probability")
+    gained = 0.29 * (1 - math.exp(-UNSURE)) / 2 - (1 - 2 / 2.1) / 2
+    assert quality.found.value == pytest.approx(gained)
     assert quality.met
     worse = judged({"right": 85, "loss": 2.1, "sparse": (1, 3)}, **patterns)
     assert not worse["retrieval"].met, "no more than one of them"

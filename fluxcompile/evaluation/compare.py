@@ -10,12 +10,25 @@ import torch
 from torch import Tensor
 
 from fluxcompile.errors import DataError
-from fluxcompile.evaluation.evaluate import Results
+from fluxcompile.evaluation.evaluate import CellResult, Results
 from fluxcompile.evaluation.intervals import Estimate, bootstrap
 from fluxcompile.evaluation.prompts import Cell
 
+#: of each prompt, fp64 ``[N]``
+Measure = Callable[[CellResult], Tensor]
+
 #: what full attention itself must get right of a cell, for a share of it to mean anything
 LEAST_ACCURACY = 0.2
+
+
+def metric(result: CellResult) -> Tensor:
+    """What the cell's metric judges: right answers, or the loss."""
+    return result.values
+
+
+def certainty(result: CellResult) -> Tensor:
+    """How probable the right answer is, a token: a finer measure of retrieval than accuracy."""
+    return result.certainty
 
 
 def omega(results: Results, cells: Iterable[Cell] | None = None) -> float:
@@ -67,12 +80,15 @@ def retrieval_and_loss(full: Results) -> dict[str, list[Cell]]:
     }
 
 
-def relative(results: Results, full: Results, cells: Iterable[Cell], **settings) -> Estimate:
+def relative(
+    results: Results, full: Results, cells: Iterable[Cell], by: Measure = metric, **settings
+) -> Estimate:
     """Mean over that of full attention, of cells of one metric taken together.
 
     Args:
         results, full: of the same prompts.
         cells: of one metric.
+        by: what is measured of each prompt.
         settings: as :func:`bootstrap` takes them.
 
     Raises:
@@ -84,11 +100,16 @@ def relative(results: Results, full: Results, cells: Iterable[Cell], **settings)
         ours, theirs = torch.stack(means).mean(dim=0).unbind(dim=-1)
         return ours / theirs
 
-    return bootstrap(_columns(cells, results, full), ratio, **settings)
+    return bootstrap(_columns(cells, results, full, by=by), ratio, **settings)
 
 
 def relative_difference(
-    ours: Results, theirs: Results, full: Results, cells: Iterable[Cell], **settings
+    ours: Results,
+    theirs: Results,
+    full: Results,
+    cells: Iterable[Cell],
+    by: Measure = metric,
+    **settings,
 ) -> Estimate:
     """:func:`relative` of one minus that of another, prompt by prompt."""
     cells = _of_one_metric(cells)
@@ -97,7 +118,7 @@ def relative_difference(
         first, second, whole = torch.stack(means).mean(dim=0).unbind(dim=-1)
         return (first - second) / whole
 
-    return bootstrap(_columns(cells, ours, theirs, full), difference, **settings)
+    return bootstrap(_columns(cells, ours, theirs, full, by=by), difference, **settings)
 
 
 def quality(
@@ -113,12 +134,30 @@ def quality(
 
 
 def quality_difference(
-    ours: Results, theirs: Results, full: Results, cells: Sequence[Cell] | None = None, **settings
+    ours: Results,
+    theirs: Results,
+    full: Results,
+    cells: Sequence[Cell] | None = None,
+    by: Measure = metric,
+    **settings,
 ) -> Estimate:
-    """:func:`quality` of one minus that of another, prompt by prompt."""
+    """:func:`quality` of one minus that of another, prompt by prompt.
+
+    Args:
+        ours, theirs, full: of the same prompts.
+        cells: None for all that are :func:`judged`.
+        by: what stands for accuracy.
+        settings: as :func:`bootstrap` takes them.
+    """
     cells = judged(full) if cells is None else cells
     first, second = _quality(cells, 0), _quality(cells, 1)
-    columns = _columns(cells, ours, theirs, full)
+    columns = [
+        column
+        for cell in cells
+        for column in _columns(
+            [cell], ours, theirs, full, by=by if cell.metric == "accuracy" else metric
+        )
+    ]
     return bootstrap(columns, lambda means: first(means) - second(means), **settings)
 
 
@@ -146,6 +185,6 @@ def _quality(cells: Sequence[Cell], column: int) -> Callable[[list[Tensor]], Ten
     return of
 
 
-def _columns(cells: Sequence[Cell], *results: Results) -> list[Tensor]:
-    """The values of each cell's prompts, ``[N, results]``."""
-    return [torch.stack([one[cell].values for one in results], dim=1) for cell in cells]
+def _columns(cells: Sequence[Cell], *results: Results, by: Measure = metric) -> list[Tensor]:
+    """What is measured of each cell's prompts, ``[N, results]``."""
+    return [torch.stack([by(one[cell]) for one in results], dim=1) for cell in cells]

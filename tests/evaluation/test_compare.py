@@ -1,10 +1,13 @@
 """Comparisons of results that were written down by hand."""
 
+import math
+
 import pytest
 import torch
 
 from fluxcompile.errors import DataError
 from fluxcompile.evaluation.compare import (
+    certainty,
     context_awareness,
     judged,
     omega,
@@ -66,6 +69,17 @@ def test_relative_difference_is_taken_prompt_by_prompt():
     assert relative_difference(OURS, FULL, FULL, [CODE]).value == pytest.approx(0.25)
     with pytest.raises(DataError, match="one metric"):
         relative_difference(OURS, FULL, FULL, [NEEDLE, CODE])
+
+
+def test_certainty_in_the_place_of_accuracy():
+    sure = result(HOPS, [1, 1], 0)
+    unsure = CellResult(HOPS, torch.tensor([0.0, 1.0]).double(), sure.exact, sure.full)
+    ours, full = {HOPS: unsure, CODE: OURS[CODE]}, {HOPS: sure, CODE: FULL[CODE]}
+    share = (1 + math.exp(-1)) / 2
+    assert relative(ours, full, [HOPS]).value == 1
+    assert relative(ours, full, [HOPS], certainty).value == pytest.approx(share)
+    found = quality_difference(full, ours, full, by=certainty)
+    assert found.value == pytest.approx((1 - share + 1 - 2 / 2.5) / 2), "the loss stays the loss"
 
 
 def test_quality_is_the_mean_share_of_what_full_attention_has():
