@@ -19,7 +19,14 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fluxcompile.passes.graph_util import changes_of, hint, is_tensor, op_name, value_of
+from fluxcompile.passes.graph_util import (
+    TRANSPOSES,
+    changes_of,
+    hint,
+    is_tensor,
+    op_name,
+    value_of,
+)
 from fluxcompile.passes.site import AttentionSite, Skip, SkipReason
 from fluxcompile.passes.views import permutation
 
@@ -32,7 +39,9 @@ _QUANTIZED = {
 #: Dynamo's name for where a module's own parameters and buffers are found
 _OF_MODULE = "ParamBufferSource"
 #: ways to reorder axes that are not followed
-_OTHER_MOVES = {"movedim", "moveaxis", "swapdims", "t", "einsum", "flip", "roll", "getattr"}
+_OTHER_MOVES = TRANSPOSES | {
+    *("movedim", "moveaxis", "swapdims", "t", "einsum", "flip", "roll", "getattr"),
+}
 #: what may stand between the query and the two halves, or pairs, that are rotated
 _TAKES_APART = {
     *("chunk", "split", "tensor_split", "unbind", "view", "reshape", "unflatten", "unsqueeze"),

@@ -12,8 +12,10 @@ _OPERATORS_IN_PLACE = {
     *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
     *("iand", "ior", "ixor", "ilshift", "irshift"),
 }
+#: x.mT, x.mH, x.T and x.H as torch 2.14 and later trace them; before they are a getattr
+TRANSPOSES = {"mT", "mH", "numpy_T", "matrix_H", "adjoint"}
 #: operations whose result may be a view of their first operand
-_MAY_ALIAS = {
+_MAY_ALIAS = TRANSPOSES | {
     *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "broadcast_to"),
     *(
         "transpose",

@@ -99,7 +99,8 @@ def view_step(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
 
 def is_matrix_transpose(node: fx.Node) -> bool:
     """True for ``x.mT``."""
-    return op_name(node) == "getattr" and node.args[1:] == ("mT",)
+    name = op_name(node)
+    return name == "mT" or (name == "getattr" and node.args[1:] == ("mT",))
 
 
 def permutation(node: fx.Node) -> tuple[int, ...] | None:

@@ -264,3 +264,19 @@ class TestInPlace:
         (dead,) = output.args[0]
         output.args = ((),)
         assert erase_dead(dead) == swept
+
+
+@pytest.mark.parametrize("operation", ["mT", "mH", "numpy_T", "adjoint"])
+def test_transposes_that_torch_traces_as_operators(operation):
+    """As torch 2.14 does: they share memory, and ``mT`` is read through."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    value = torch.arange(12).reshape(3, 4)
+    x.meta["example_value"] = value
+    call = getattr(torch.ops.aten, operation)
+    node = graph.call_function(call, (x,))
+    node.meta["example_value"] = call(value)
+    written = graph.call_method("add_", (node, 1))
+    assert changes_of(x) == [written]
+    if operation == "mT":
+        check(node)
