@@ -1,6 +1,6 @@
 """What a router is held to on SmolLM2-135M, and whether it gets there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fluxcompile.errors import DataError
@@ -150,24 +150,18 @@ class _Judge:
 
         So no pattern of the router's loss, or of less, keeps as much.
         """
-        best = max(
-            rivals, key=lambda rival: relative(rival.results, self.full, cells, certainty).value
-        )
-        found = self._apart(best, cells, certainty)
+        best, found = _hardest(rivals, lambda rival: self._apart(rival, cells, certainty))
         return self._against(BETTER_RETRIEVAL, best, found, found.low > 0, compared)
 
     def _quality(
         self, rivals: Sequence[StaticRun], cells: list[Cell], compared: Compared
     ) -> Verdict:
         """Retrieval and loss together, a percent of the one for a percent of the other."""
-        apart = {
-            rival.name: quality_difference(
-                self.results, rival.results, self.full, cells, certainty, seed=self.seed
-            )
-            for rival in rivals
-        }
-        best = min(rivals, key=lambda rival: apart[rival.name].value)
-        found = apart[best.name]
+        ours, settings = self.results, {"by": certainty, "seed": self.seed}
+        best, found = _hardest(
+            rivals,
+            lambda rival: quality_difference(ours, rival.results, self.full, cells, **settings),
+        )
         return self._against(BETTER_QUALITY, best, found, found.low > GAIN, compared)
 
     def _against(
@@ -201,3 +195,10 @@ class _Judge:
     ) -> Verdict:
         source = self.run.source
         return Verdict(source.name, source.recipe, goal, found, share, met, note)
+
+
+def _hardest(
+    rivals: Sequence[StaticRun], ahead: Callable[[StaticRun], Estimate]
+) -> tuple[StaticRun, Estimate]:
+    """The rival that the router is the least ahead of, and by how much."""
+    return min(((rival, ahead(rival)) for rival in rivals), key=lambda pair: pair[1].value)

@@ -13,6 +13,7 @@ from fluxcompile.errors import DataError
 from fluxcompile.evaluation.evaluate import CellResult, Results
 from fluxcompile.evaluation.intervals import Estimate, bootstrap
 from fluxcompile.evaluation.prompts import Cell
+from fluxcompile.training.objective import shortfall
 
 #: of each prompt, fp64 ``[N]``
 Measure = Callable[[CellResult], Tensor]
@@ -27,8 +28,8 @@ def metric(result: CellResult) -> Tensor:
 
 
 def certainty(result: CellResult) -> Tensor:
-    """How probable the right answer is, a token: a finer measure of retrieval than accuracy."""
-    return result.certainty
+    """How probable the right answer is, a token, in the place of accuracy: a finer measure."""
+    return 1 - shortfall(result.loss) if result.cell.metric == "accuracy" else result.values
 
 
 def omega(results: Results, cells: Iterable[Cell] | None = None) -> float:
@@ -146,18 +147,12 @@ def quality_difference(
     Args:
         ours, theirs, full: of the same prompts.
         cells: None for all that are :func:`judged`.
-        by: what stands for accuracy.
+        by: what is measured of each prompt.
         settings: as :func:`bootstrap` takes them.
     """
     cells = judged(full) if cells is None else cells
     first, second = _quality(cells, 0), _quality(cells, 1)
-    columns = [
-        column
-        for cell in cells
-        for column in _columns(
-            [cell], ours, theirs, full, by=by if cell.metric == "accuracy" else metric
-        )
-    ]
+    columns = _columns(cells, ours, theirs, full, by=by)
     return bootstrap(columns, lambda means: first(means) - second(means), **settings)
 
 

@@ -34,11 +34,6 @@ class CellResult:
         return self.exact.double() if self.cell.metric == "accuracy" else self.loss
 
     @property
-    def certainty(self) -> torch.Tensor:
-        """Probability of a target token, the geometric mean of each prompt's, fp64 ``[N]``."""
-        return self.loss.neg().exp()
-
-    @property
     def omega(self) -> torch.Tensor:
         """Share of layers on sparse attention, fp64 ``[N]``."""
         return (~self.full).double().mean(dim=1)
