@@ -10,9 +10,10 @@ from torch import nn
 
 from fluxcompile.evaluation import Cell, OneGraph, Prompt, builtin_prompts
 from fluxcompile.evaluation.scoring import Places
-from fluxcompile.training.baselines import greedy_order, matrix_entropies
+from fluxcompile.training.baselines import matrix_entropies
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK, token_losses
 from fluxcompile.training.objective import row_means, shortfall
+from fluxcompile.training.route_search import greedy_order
 
 BY = ("divergence", "loss", "likelihood")
 

@@ -6,7 +6,7 @@ Each function returns one 0/1 a layer, 1 for full attention, as
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,8 @@ from fluxcompile.training.backbone import (
     frozen,
 )
 from fluxcompile.training.patterns import PatternLoss
+from fluxcompile.training.route_search import Routes, search_routes, with_sparse
 from fluxcompile.training.tasks import resolve_tasks
-
-Routes = tuple[int, ...]
 
 
 def random_routes(layers: int, sparse_layers: int, seed: int = 0) -> Routes:
@@ -35,7 +34,7 @@ def random_routes(layers: int, sparse_layers: int, seed: int = 0) -> Routes:
     """
     _check_count(sparse_layers, layers)
     chosen = random.Random(seed).sample(range(layers), sparse_layers)
-    return _routes(layers, chosen)
+    return with_sparse(chosen, layers)
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ def entropy_routes(
     examples = examples_for(model, data, tokenizer, resolve_tasks(tasks), 2, max_length)
     entropies = matrix_entropies(model, [example.input_ids for example in examples])
     order = sorted(range(len(entropies)), key=entropies.__getitem__)
-    return _routes(len(entropies), order[:sparse_layers])
+    return with_sparse(order[:sparse_layers], len(entropies))
 
 
 @torch.no_grad()
@@ -178,93 +177,6 @@ def greedy_routes(
     examples = examples_for(model, data, tokenizer, resolve_tasks(tasks), shortest, max_length)
     with compiler_settings(None), PatternLoss.of(model, config, lowering=lowering) as loss:
         return search_routes(lambda routes: loss(routes, examples), layers, sparse_layers)
-
-
-def search_routes(
-    cost: Callable[[Routes], float], layers: int, sparse_layers: int, **settings: Any
-) -> Routes:
-    """Routes of ``sparse_layers`` sparse layers that greedy search finds.
-
-    Args:
-        cost, layers, sparse_layers, settings: as :func:`greedy_order` takes them.
-    """
-    if sparse_layers == layers:  # nothing to choose
-        return _routes(layers, range(layers))
-    return _routes(layers, greedy_order(cost, layers, sparse_layers, **settings))
-
-
-def greedy_order(
-    cost: Callable[[Routes], float],
-    layers: int,
-    sparse_layers: int,
-    sparse: Sequence[int] = (),
-    found: Callable[[int], None] | None = None,
-    lazy: bool = False,
-) -> list[int]:
-    """Layers in the order in which greedy search makes them sparse.
-
-    The first ``k`` of them are what it finds for ``k`` sparse layers.
-
-    Args:
-        cost: of a pattern.
-        layers: how many there are.
-        sparse_layers: how many to choose.
-        sparse: layers that are sparse to begin with, at most as many; the first of the order.
-        found: takes each further layer as soon as it is found.
-        lazy: Minoux's search (1978), several times as fast: a layer is tried again only where what
-            it added to the cost when it was last tried is less than the best adds now. It finds
-            what trying all finds, if no layer adds the less the more others are sparse.
-    """
-    order = list(sparse)
-    added = {layer: -math.inf for layer in range(layers) if layer not in order}  # when last tried
-    before = cost(_routes(layers, order)) if lazy and len(order) < sparse_layers else 0.0
-    while len(order) < sparse_layers:
-        costs: dict[int, float] = {}
-        for layer in sorted(added, key=added.__getitem__) if lazy else added:
-            if lazy and costs and min(costs.values()) - before <= added[layer]:
-                break
-            costs[layer] = cost(_routes(layers, [*order, layer]))
-        added.update({layer: value - before for layer, value in costs.items()})
-        best = min(costs, key=costs.__getitem__)
-        before = costs[best]
-        del added[best]
-        order.append(best)
-        if found is not None:
-            found(best)
-    return order
-
-
-def exchanged(cost: Callable[[Routes], float], routes: Routes) -> Routes:
-    """``routes``, with one full layer changed for a sparse one as long as that costs less.
-
-    Greedy search never takes back a layer that it has made sparse, whatever it makes sparse after.
-    Here the sparse layer that helps the most is made full again, then the full one that costs the
-    least sparse, as in floating search (Pudil et al. 1994): each exchange tries every layer once.
-
-    Args:
-        cost: of a pattern.
-        routes: 1 for full attention; as many of them are full afterwards.
-    """
-    while 0 < sum(routes) < len(routes):
-        wider = min(_switched(routes, 0), key=cost)
-        found = min((cost(narrower), narrower) for narrower in _switched(wider, 1))
-        if found[1] == routes or found[0] >= cost(routes):
-            break
-        routes = found[1]
-    return routes
-
-
-def _switched(routes: Routes, which: int) -> list[Routes]:
-    """With each layer that is ``which`` switched to the other, one at a time."""
-    return [
-        (*routes[:layer], 1 - which, *routes[layer + 1 :])
-        for layer, route in enumerate(routes)
-        if route == which
-    ]
-
-
-def _routes(layers: int, sparse: Sequence[int]) -> Routes:
-    return tuple(int(layer not in sparse) for layer in range(layers))
 
 
 def _check_count(sparse_layers: int, layers: int) -> None:

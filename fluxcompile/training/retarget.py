@@ -14,11 +14,11 @@ from fluxcompile.model_layers import unwrap
 from fluxcompile.router import FluxRouter
 from fluxcompile.soft_routes import soft_routes
 from fluxcompile.training import backbone
-from fluxcompile.training.baselines import search_routes
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import check_served
-from fluxcompile.training.route_cost import Cost, route_cost
+from fluxcompile.training.route_cost import route_costs
+from fluxcompile.training.route_search import Cost, Routes, search_routes
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.thresholds import separating_thresholds
 from fluxcompile.training.train import collator_for
@@ -107,7 +107,7 @@ def retarget_router(
             margins, of_task, routed = _read(moved, every, run)
             full = torch.zeros(len(known), len(routed), dtype=torch.bool)
             for i_task, (name, task) in enumerate(known.items()):
-                cost = route_cost(moved, language_model, run, batches[name], LOGITS_CHUNK)
+                (cost,) = route_costs(moved, language_model, run, batches[name], LOGITS_CHUNK)
                 shares = (margins[of_task == i_task] > 0).double().mean(dim=0)
                 count = round((1 - task.target) * len(routed))
                 stay = worth_most(
@@ -147,11 +147,11 @@ def worth_most(
     if int(considered.sum()) < count:
         considered[:] = True
 
-    def cost_of_routed(routes: Sequence[int]) -> float:
+    def cost_of_routed(routes: Routes) -> float:
         whole = [1] * layers
         for layer, route in zip(routed, routes, strict=True):
             whole[layer] = route
-        return cost(whole)
+        return cost(tuple(whole))
 
     others = (~considered).nonzero().flatten().tolist()
     search = {"sparse": others, "found": lambda i: found(routed[i]), "lazy": True}

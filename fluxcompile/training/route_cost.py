@@ -1,5 +1,6 @@
 """What fixed routes cost on some batches, from the graph that trains."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,24 +12,26 @@ from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.objective import row_means, shortfall
 from fluxcompile.training.patterns import pinning_noise
+from fluxcompile.training.route_search import Cost, Routes
 
-#: of routes, one 0 or 1 (full attention) a layer
-Cost = Callable[[Sequence[int]], float]
+ALL = (1,)
 
 
 @torch.no_grad()
-def route_cost(
+def route_costs(
     router: FluxRouter,
     language_model: LanguageModel,
     run: Callable[..., Any],
     batches: Iterable[Mapping[str, torch.Tensor]],
     logits_chunk: int,
-) -> Cost:
-    """How far the targets are from certain, mean of rows, as a function of routes.
+    one_in: Sequence[int] = ALL,
+) -> list[Cost]:
+    """How far the targets are from certain, mean of rows, as functions of routes.
 
     A row counts its :func:`shortfall`. A divergence from full attention's predictions has no bound,
     so that a few rows decide a search by it, and it holds it against routes that they predict an
-    answer better than full attention.
+    answer better than full attention. What a batch has shown of routes is kept: no function runs it
+    again.
 
     Args:
         router: attached to the model; what it decides does not matter.
@@ -37,6 +40,8 @@ def route_cost(
         batches: each with ``input_ids``, ``attention_mask`` and ``labels``, ``[B, S]``, and maybe
             ``prompt_length`` ``[B]``.
         logits_chunk: target tokens whose logits exist at one time.
+        one_in: for each function, the share of the batches that it is the mean of: 4 for every
+            fourth of them.
     """
     device = next(router.parameters()).device
     prepared = []
@@ -45,14 +50,20 @@ def route_cost(
         targets = Targets.of(batch["labels"].to(device))
         prepared.append((ids, mask, targets, batch.get("prompt_length")))
 
+    @functools.cache
     @torch.no_grad()
-    def cost(routes: Sequence[int]) -> float:
-        full, rows = torch.tensor([routes], dtype=torch.bool, device=device), []
-        for ids, mask, targets, prompt_length in prepared:
-            noise = pinning_noise(full.expand(len(ids), -1))
-            with soft_routes(router, noise=noise, prompt_length=prompt_length):
-                losses = language_model.losses(run, ids, mask, targets, logits_chunk)
-            rows.append(row_means(losses.cross_entropy, targets.rows, len(ids)))
-        return float(shortfall(torch.cat(rows).double()).mean())
+    def shortfalls(routes: Routes, i_batch: int) -> torch.Tensor:
+        ids, mask, targets, prompt_length = prepared[i_batch]
+        full = torch.tensor([routes], dtype=torch.bool, device=device)
+        noise = pinning_noise(full.expand(len(ids), -1))
+        with soft_routes(router, noise=noise, prompt_length=prompt_length):
+            losses = language_model.losses(run, ids, mask, targets, logits_chunk)
+        return shortfall(row_means(losses.cross_entropy, targets.rows, len(ids)).double())
 
-    return cost
+    def on(which: range) -> Cost:
+        def cost(routes: Routes) -> float:
+            return float(torch.cat([shortfalls(tuple(routes), i) for i in which]).mean())
+
+        return cost
+
+    return [on(range(0, len(prepared), share)) for share in one_in]

@@ -7,7 +7,6 @@ those of the task that a prompt is of, which what they read of it has to tell th
 on from there.
 """
 
-import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,11 +16,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import standardized
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.baselines import Routes, exchanged, search_routes
-from fluxcompile.training.route_cost import Cost
+from fluxcompile.training.route_search import Cost, Routes, exchanged, search_routes
 
 GREEDY = "greedy"
-COARSE = 4  # one batch in so many is enough to see which layers are not worth much
+# Of the batches that routes are judged by. The first are enough to see which layers are not worth
+# much; for what is left to choose from it takes ever more.
+ONE_IN = (8, 4, 2, 1)
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
 # Deviations of noise on what is read. Questions lie close together, other texts do not: with much
 # noise whatever is new is taken for a question.
@@ -58,7 +58,7 @@ def start_routes(
     start: str | Mapping[str, Sequence[int]],
     targets: Mapping[str, float],
     layers: int,
-    costs: Mapping[str, tuple[Cost, Cost]],
+    costs: Mapping[str, Sequence[Cost]],
 ) -> dict[str, Routes]:
     """The routes that each task starts with, 1 for full attention.
 
@@ -66,20 +66,19 @@ def start_routes(
         start: ``"greedy"``, or the routes themselves by task, as :func:`check_start` lets pass.
         targets: of every task, the share of layers to make sparse.
         layers: of the model.
-        costs: of every task, what routes cost on a few examples and on many; for the search,
-            which needs the many only where few layers are left to choose from.
+        costs: of every task, what routes cost on ever more examples; for the search, which asks
+            the last of them only where few routes are left to choose from.
     """
     if start == GREEDY:
-        return {task: _searched(task, *costs[task], layers, t) for task, t in targets.items()}
+        return {task: _searched(task, costs[task], layers, t) for task, t in targets.items()}
     return {task: tuple(map(int, start[task])) for task in targets}
 
 
-def _searched(task: str, few: Cost, many: Cost, layers: int, target: float) -> Routes:
-    many = functools.cache(many)  # an exchange comes back to what has been tried
-    greedy = search_routes(few, layers, round(target * layers), lazy=True)
-    found = exchanged(many, greedy)
+def _searched(task: str, costs: Sequence[Cost], layers: int, target: float) -> Routes:
+    greedy = search_routes(costs[0], layers, round(target * layers), lazy=True)
+    found = exchanged(costs, greedy)
     for name, routes in (("greedy", greedy), ("exchanged", found)):
-        words = ",".join(map(str, routes)), many(routes)
+        words = ",".join(map(str, routes)), costs[-1](routes)
         logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)
     return found
 

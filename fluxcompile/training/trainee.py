@@ -1,6 +1,6 @@
 """What the trainer sees as its model: frozen backbone, routers and multipliers in one module."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,8 @@ from fluxcompile.training.calibration import calibrate, read_features
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.objective import routed_sparsity, sparsity_term
-from fluxcompile.training.route_cost import Cost, route_cost
+from fluxcompile.training.route_cost import route_costs
+from fluxcompile.training.route_search import Cost
 from fluxcompile.training.routed_module import RoutedModule
 
 
@@ -82,9 +83,11 @@ class Trainee(RoutedModule):
                 found.setdefault(layer, []).append(features.cpu())
         return {layer: torch.cat(features) for layer, features in found.items()}
 
-    def fixed(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Cost:
-        """:func:`route_cost` on ``batches``, through the graph that trains."""
-        return route_cost(self.router, *self._language_model, batches, self.logits_chunk)
+    def fixed(
+        self, batches: Iterable[Mapping[str, torch.Tensor]], one_in: Sequence[int]
+    ) -> list[Cost]:
+        """:func:`route_costs` on ``batches``, through the graph that trains."""
+        return route_costs(self.router, *self._language_model, batches, self.logits_chunk, one_in)
 
     def forward(
         self,

@@ -10,13 +10,12 @@ from torch import nn
 
 from fluxcompile.training import checkpoint
 from fluxcompile.training.arguments import RouterTrainingArguments
-from fluxcompile.training.baselines import Routes
 from fluxcompile.training.compiled_trainer import CompiledTrainer
 from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
-from fluxcompile.training.route_cost import Cost
+from fluxcompile.training.route_search import Cost, Routes
 from fluxcompile.training.safeguard import Safeguard
-from fluxcompile.training.start import COARSE, GREEDY, imitate, start_routes
+from fluxcompile.training.start import GREEDY, ONE_IN, imitate, start_routes
 from fluxcompile.training.trainee import Trainee
 
 logger = logging.getLogger(__name__)
@@ -120,10 +119,9 @@ class RouterTrainer(CompiledTrainer):
         logger.info("start routes: %.1f%% of %d examples' taken", 100 * found, len(rows))
         return routes
 
-    def _costs(self, rows: Sequence[int]) -> tuple[Cost, Cost]:
-        """Of routes, on one in :data:`COARSE` batches of these rows, and on all of them."""
-        batches = list(self._batches(self._by_length(rows)))
-        return self.trainee.fixed(batches[::COARSE]), self.trainee.fixed(batches)
+    def _costs(self, rows: Sequence[int]) -> list[Cost]:
+        """Of routes, on ever more of these rows."""
+        return self.trainee.fixed(self._batches(self._by_length(rows)), ONE_IN)
 
     def _by_length(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows, key=lambda i: len(self.train_dataset[i]))

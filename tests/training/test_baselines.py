@@ -1,7 +1,6 @@
 """Static routes from data, on models made so that the right answer is known."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -11,12 +10,9 @@ from fluxcompile.evaluation import AsUser, Prompt
 from fluxcompile.training import baselines
 from fluxcompile.training.baselines import (
     entropy_routes,
-    exchanged,
-    greedy_order,
     greedy_routes,
     matrix_entropies,
     random_routes,
-    search_routes,
 )
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.patterns import PatternLoss
@@ -158,31 +154,6 @@ def test_greedy_takes_the_cheapest_layer_each_time():
         assert routes == min(allowed, key=lambda routes: loss(routes, examples))
 
 
-def test_a_lazy_search_finds_what_trying_all_would():
-    """Where a layer adds the more, the more others are sparse: here by pairs of layers."""
-    layers = 12
-    generator = torch.Generator().manual_seed(0)
-    alone = torch.rand(layers, generator=generator, dtype=torch.float64)
-    pairs = torch.rand(layers, layers, generator=generator, dtype=torch.float64).triu(1) ** 4
-    tried = []
-
-    def cost(routes):
-        sparse = 1 - torch.tensor(routes, dtype=torch.float64)
-        tried.append(routes)
-        return float(alone @ sparse + sparse @ pairs @ sparse)
-
-    order = greedy_order(cost, layers, 9, lazy=True)
-    count = len(tried)
-    chosen = []
-    while len(chosen) < 9:
-        others = [layer for layer in range(layers) if layer not in chosen]
-        chosen.append(
-            min(others, key=lambda x: cost([int(i not in (*chosen, x)) for i in range(layers)]))
-        )
-    assert order == chosen
-    assert count < (len(tried) - count) / 2
-
-
 def test_greedy_refuses_what_it_cannot_run():
     model = tiny_model()
     with pytest.raises(ConfigError, match="from 0 to 2"):
@@ -192,27 +163,3 @@ def test_greedy_refuses_what_it_cannot_run():
     model.compile(backend="flux")
     with pytest.raises(TrainingError, match="compile"):
         greedy_routes(model, tiny_data(2), sparse_layers=1, config=CONFIG)
-
-
-def test_exchanges_find_what_greedy_search_cannot_take_back():
-    """Layer 0 is the cheapest alone, and each of the others adds to what it costs."""
-    tried, layers, alone = [], 6, (1.0, 1.1, 1.2, 1.3, 9.0, 9.0)
-
-    def cost(routes):
-        tried.append(routes)
-        sparse = [i for i, route in enumerate(routes) if not route]
-        return sum(alone[i] for i in sparse) + 0.4 * (0 in sparse) * len(sparse[1:])
-
-    greedy = search_routes(cost, layers, 3)
-    assert greedy == (0, 0, 0, 1, 1, 1)
-    found = exchanged(cost, greedy)
-    assert found == (1, 0, 0, 0, 1, 1)
-    assert found == min((r for r in product((0, 1), repeat=layers) if sum(r) == 3), key=cost)
-    tried.clear()
-    assert exchanged(cost, found) == found
-    assert len(tried) <= layers + 3
-
-
-@pytest.mark.parametrize("routes", [(0, 0), (1, 1)])
-def test_there_is_nothing_to_exchange_where_all_layers_are_alike(routes):
-    assert exchanged(pytest.fail, routes) == routes

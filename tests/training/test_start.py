@@ -12,6 +12,7 @@ from fluxcompile.training.batching import collate
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
+from fluxcompile.training.route_cost import ALL, route_costs
 from fluxcompile.training.start import GREEDY, check_start, start_routes
 from fluxcompile.training.tasks import BUILT_IN
 from fluxcompile.training.trainee import Trainee
@@ -72,10 +73,38 @@ def test_search_knows_where_prompts_end():
             model, router, Multipliers([0.5, 1.0], 0.0), language_model=language_model,
             run=compiled(language_model.body, router, lowering="eager"), logits_chunk=64,
         )  # fmt: skip
-        found = trainee.fixed([batch])((0, 0))
-        whole = trainee.fixed([batch | {"prompt_length": mask.sum(1)}])((0, 0))
+        (cost,) = trainee.fixed([batch], ALL)
+        found = cost((0, 0))
+        (cost,) = trainee.fixed([batch | {"prompt_length": mask.sum(1)}], ALL)
+        whole = cost((0, 0))
     assert 1 - found == pytest.approx(float(1 - expected), rel=1e-4)
     assert 1 - found != pytest.approx(1 - whole, rel=1e-3)
+
+
+def test_a_batch_is_run_once_for_routes_and_counts_in_every_cost_it_is_part_of():
+    model = tiny_model()
+    router = forced_router(model, False, CONFIG)
+    examples = prepare(tiny_data(5), tasks=BUILT_IN)
+    ran = []
+
+    def counted(ids, *arguments, **settings):
+        ran.append(len(ids))
+        return run(ids, *arguments, **settings)
+
+    with attached(model, router), frozen(model):
+        language_model = LanguageModel.of(model).checked(model)
+        run = compiled(language_model.body, router, lowering="eager")
+        costs = route_costs(
+            router, language_model, counted, [collate([e], 0) for e in examples], 64, (4, 2, 1)
+        )
+        few, some, every = (cost((0, 1)) for cost in costs)
+        assert len(ran) == 5
+        alone = [route_costs(router, language_model, run, [collate([e], 0)], 64) for e in examples]
+        one_by_one = [cost((0, 1)) for (cost,) in alone]
+    assert few == pytest.approx((one_by_one[0] + one_by_one[4]) / 2)
+    assert some == pytest.approx(sum(one_by_one[::2]) / 3)
+    assert every == pytest.approx(sum(one_by_one) / 5)
+    assert len(set(one_by_one)) == 5
 
 
 def test_search_makes_the_cheapest_layers_sparse():
@@ -86,7 +115,7 @@ def test_search_makes_the_cheapest_layers_sparse():
             price for price, full in zip(prices[task], routes, strict=True) if not full
         )
 
-    costs = {task: (cost_of(task), cost_of(task)) for task in prices}
+    costs = {task: [cost_of(task)] * 2 for task in prices}
     found = start_routes(GREEDY, {"retrieval": 0.5, "holistic": 0.75}, 4, costs)
     assert found == {"retrieval": (1, 0, 0, 1), "holistic": (0, 1, 0, 0)}
 
@@ -97,7 +126,7 @@ def test_search_believes_many_examples_more_than_a_few():
     def cost_of(prices):
         return lambda routes: sum(p * (1 - full) for p, full in zip(prices, routes, strict=True))
 
-    costs = {"retrieval": (cost_of(few), cost_of(many))}
+    costs = {"retrieval": [cost_of(few), cost_of(many)]}
     assert start_routes(GREEDY, {"retrieval": 0.5}, 4, costs) == {"retrieval": (0, 1, 1, 0)}
 
 

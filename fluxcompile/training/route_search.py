@@ -1,0 +1,122 @@
+"""Fixed routes of a given number of sparse layers that cost little: searched layer by layer."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Routes = tuple[int, ...]
+#: of routes, one 0 or 1 (full attention) a layer
+Cost = Callable[[Routes], float]
+
+_FEW = 4  # candidates, of which none is left out
+
+
+def search_routes(cost: Cost, layers: int, sparse_layers: int, **settings: Any) -> Routes:
+    """Routes of ``sparse_layers`` sparse layers that greedy search finds.
+
+    Args:
+        cost, layers, sparse_layers, settings: as :func:`greedy_order` takes them.
+    """
+    if sparse_layers == layers:  # nothing to choose
+        return with_sparse(range(layers), layers)
+    return with_sparse(greedy_order(cost, layers, sparse_layers, **settings), layers)
+
+
+def greedy_order(
+    cost: Cost,
+    layers: int,
+    sparse_layers: int,
+    sparse: Sequence[int] = (),
+    found: Callable[[int], None] | None = None,
+    lazy: bool = False,
+) -> list[int]:
+    """Layers in the order in which greedy search makes them sparse.
+
+    The first ``k`` of them are what it finds for ``k`` sparse layers.
+
+    Args:
+        cost: of a pattern.
+        layers: how many there are.
+        sparse_layers: how many to choose.
+        sparse: layers that are sparse to begin with, at most as many; the first of the order.
+        found: takes each further layer as soon as it is found.
+        lazy: Minoux's search (1978), several times as fast: a layer is tried again only where what
+            it added to the cost when it was last tried is less than the best adds now. It finds
+            what trying all finds, if no layer adds the less the more others are sparse.
+    """
+    order = list(sparse)
+    added = {layer: -math.inf for layer in range(layers) if layer not in order}  # when last tried
+    before = cost(with_sparse(order, layers)) if lazy and len(order) < sparse_layers else 0.0
+    while len(order) < sparse_layers:
+        costs: dict[int, float] = {}
+        for layer in sorted(added, key=added.__getitem__) if lazy else added:
+            if lazy and costs and min(costs.values()) - before <= added[layer]:
+                break
+            costs[layer] = cost(with_sparse([*order, layer], layers))
+        added.update({layer: value - before for layer, value in costs.items()})
+        best = min(costs, key=costs.__getitem__)
+        before = costs[best]
+        del added[best]
+        order.append(best)
+        if found is not None:
+            found(best)
+    return order
+
+
+def exchanged(costs: Sequence[Cost], routes: Routes, reach: int = 2) -> Routes:
+    """``routes``, with full layers changed for sparse ones as long as that costs less.
+
+    Greedy search never takes back a layer that it has made sparse, whatever it makes sparse after.
+    Here the sparse layer that helps the most is made full again, then the full one that costs the
+    least sparse, as in floating search (Pudil et al. 1994). Where that finds no better routes, two
+    layers are, then two others sparse: some layers help only together.
+
+    Args:
+        costs: of a pattern on ever more examples; the last one decides, the others say which
+            layers it need not be asked about (see :func:`cheapest`).
+        routes: 1 for full attention; as many of them are full afterwards.
+        reach: how many layers to exchange at once, at most.
+    """
+    at_most = min(reach, sum(routes), len(routes) - sum(routes))
+    at_once = 1
+    while at_once <= at_most:
+        found = routes
+        for which in (0,) * at_once + (1,) * at_once:
+            found = cheapest(_switched(found, which), costs)
+        if found != routes and costs[-1](found) < costs[-1](routes):
+            routes, at_once = found, 1
+        else:
+            at_once += 1
+    return routes
+
+
+def cheapest(candidates: Sequence[Routes], costs: Sequence[Cost]) -> Routes:
+    """The candidate of least cost, by successive halving (Karnin et al. 2013).
+
+    Each cost but the last leaves the better half of what the one before it left, so that the last,
+    on the most examples, is asked about a few candidates alone.
+
+    Args:
+        candidates: at least one.
+        costs: on ever more examples.
+    """
+    left = list(candidates)
+    for cost in costs[:-1]:
+        if len(left) <= _FEW:
+            break
+        left = sorted(left, key=cost)[: math.ceil(len(left) / 2)]
+    return min(left, key=costs[-1])
+
+
+def with_sparse(sparse: Sequence[int], layers: int) -> Routes:
+    """Routes that are full in all of ``layers`` layers but ``sparse``."""
+    return tuple(int(layer not in sparse) for layer in range(layers))
+
+
+def _switched(routes: Routes, which: int) -> list[Routes]:
+    """With each layer that is ``which`` switched to the other, one at a time."""
+    return [
+        (*routes[:layer], 1 - which, *routes[layer + 1 :])
+        for layer, route in enumerate(routes)
+        if route == which
+    ]

@@ -1,0 +1,96 @@
+"""Fixed routes that cost little: greedy search, exchanges after it, and on how many examples."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from fluxcompile.training.route_search import cheapest, exchanged, greedy_order, search_routes
+
+
+def test_a_lazy_search_finds_what_trying_all_would():
+    """Where a layer adds the more, the more others are sparse: here by pairs of layers."""
+    layers = 12
+    generator = torch.Generator().manual_seed(0)
+    alone = torch.rand(layers, generator=generator, dtype=torch.float64)
+    pairs = torch.rand(layers, layers, generator=generator, dtype=torch.float64).triu(1) ** 4
+    tried = []
+
+    def cost(routes):
+        sparse = 1 - torch.tensor(routes, dtype=torch.float64)
+        tried.append(routes)
+        return float(alone @ sparse + sparse @ pairs @ sparse)
+
+    order = greedy_order(cost, layers, 9, lazy=True)
+    count = len(tried)
+    chosen = []
+    while len(chosen) < 9:
+        others = [layer for layer in range(layers) if layer not in chosen]
+        chosen.append(
+            min(others, key=lambda x: cost([int(i not in (*chosen, x)) for i in range(layers)]))
+        )
+    assert order == chosen
+    assert count < (len(tried) - count) / 2
+
+
+def test_exchanges_find_what_greedy_search_cannot_take_back():
+    """Layer 0 is the cheapest alone, and each of the others adds to what it costs."""
+    tried, layers, alone = [], 6, (1.0, 1.1, 1.2, 1.3, 9.0, 9.0)
+
+    def cost(routes):
+        tried.append(routes)
+        sparse = [i for i, route in enumerate(routes) if not route]
+        return sum(alone[i] for i in sparse) + 0.4 * (0 in sparse) * len(sparse[1:])
+
+    greedy = search_routes(cost, layers, 3)
+    assert greedy == (0, 0, 0, 1, 1, 1)
+    found = exchanged([cost], greedy, reach=1)
+    assert found == (1, 0, 0, 0, 1, 1)
+    assert found == min((r for r in product((0, 1), repeat=layers) if sum(r) == 3), key=cost)
+    tried.clear()
+    assert exchanged([cost], found, reach=1) == found
+    assert len(tried) <= layers + 3
+
+
+@pytest.mark.parametrize("routes", [(0, 0), (1, 1)])
+def test_there_is_nothing_to_exchange_where_all_layers_are_alike(routes):
+    assert exchanged([pytest.fail], routes) == routes
+
+
+def test_layers_that_help_only_together_are_found():
+    """Layers 0 and 1 cost nothing, full alone or not; full together they save all."""
+    layers = 5
+
+    def cost(routes):
+        return sum(1 - full for full in routes[2:]) + 5 * (not (routes[0] and routes[1]))
+
+    start = (0, 0, 1, 1, 1)
+    best = (1, 1, 1, 0, 0)
+    assert exchanged([cost], start, reach=1) == start
+    found = exchanged([cost], start)
+    assert sum(found) == 3
+    assert cost(found) == cost(best) == min(
+        cost(r) for r in product((0, 1), repeat=layers) if sum(r) == 3
+    )  # fmt: skip
+
+
+def test_many_examples_are_asked_about_few_candidates_and_decide():
+    candidates = [tuple(int(i == j) for j in range(16)) for i in range(16)]
+    asked = {1: [], 2: [], 4: []}
+
+    def on(examples):
+        def cost(routes):
+            asked[examples].append(routes)
+            layer = routes.index(1)
+            return layer - 1.5 * (layer == 1) * (examples == 4)  # only many can tell 1 from 0
+
+        return cost
+
+    found = cheapest(candidates, [on(1), on(2), on(4)])
+    assert found == candidates[1]
+    assert [len(some) for some in asked.values()] == [16, 8, 4]
+    assert set(asked[4]) == set(candidates[:4])
+
+
+def test_of_few_candidates_the_last_cost_decides_alone():
+    assert cheapest([(0, 1), (1, 0)], [pytest.fail, lambda routes: routes[0]]) == (0, 1)
