@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -23,6 +24,8 @@ from fluxcompile.errors import OptionError
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_BOUND = 2e-3  # seconds: what is shorter may wait for Python
 REPLAYED = 10  # calls in the graph that is replayed in its place
+_PLAIN_LIST = re.compile(r"\[\n\s+([^][{}]*?)\n\s+\]")  # of indented JSON
+_BETWEEN = re.compile(r",\n\s+")  # its values
 
 
 def environment(device: str) -> dict:
@@ -210,8 +213,14 @@ def write_json(path: Path | None, record: dict) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.new")  # whoever is ended while writing leaves the old
-        beside.write_text(json.dumps(record, indent=2) + "\n")
+        beside.write_text(to_json(record) + "\n")
         beside.replace(path)
+
+
+def to_json(record: dict) -> str:
+    """Indented, but for lists of plain values, which take a line: thousands of lines else."""
+    indented = json.dumps(record, indent=2)
+    return _PLAIN_LIST.sub(lambda found: f"[{_BETWEEN.sub(', ', found[1])}]", indented)
 
 
 def _queued_cuda_seconds(function: Callable[[], object], repeat: int) -> list[float]:

@@ -40,6 +40,7 @@ def pareto(runs: Sequence[Run], seed: int, file: Path) -> None:
         panels.append(("code and prose loss / full", "Ω, code and prose", loss, loss))
     figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    runs = _near(runs)
     styles = _styles(runs)
     for axes, (title, label, cells, compared) in zip(all_axes, panels, strict=True):
         for run in runs:
@@ -54,6 +55,12 @@ def pareto(runs: Sequence[Run], seed: int, file: Path) -> None:
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(file, dpi=150)
+
+
+def _near(runs: Sequence[Run]) -> list[Run]:
+    """Without what is sparse in every layer, if there is more: so far off, it hides the others."""
+    near = [run for run in runs if any(result.full.any() for result in run.results.values())]
+    return near if len(near) > 1 else list(runs)
 
 
 def _series(run: Run) -> str:

@@ -136,6 +136,20 @@ def quality(monkeypatch):
     forget_scripts()
 
 
+def test_records_are_indented_and_their_lists_of_values_are_not(quality):
+    from common import to_json
+
+    record = {
+        "values": [1.5, None, True, "a, [b]"], "plain": ["x,\n  y", 2], "empty": [],
+        "runs": [{"n": [1, 2]}, {"n": [[3, 4], []]}],
+    }  # fmt: skip
+    text = to_json(record)
+    assert json.loads(text) == record
+    assert '"n": [1, 2]\n' in text
+    assert '"plain": ["x,\\n  y", 2],\n' in text
+    assert text.count("\n") > 12
+
+
 def test_every_router_takes_part_with_every_bias(quality, tmp_path):
     for name in ("one", "two"):
         random_router().save_pretrained(tmp_path / name)
