@@ -19,9 +19,8 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.training.route_search import Cost, Routes, exchanged, search_routes
 
 GREEDY = "greedy"
-# Of the batches that routes are judged by. The first are enough to see which layers are not worth
-# much; for what is left to choose from it takes ever more.
-ONE_IN = (8, 4, 2, 1)
+_PARTS = (8, 4, 2)  # of the examples that routes are judged by: one in so many, to begin with
+_FEWEST = 12  # examples that can tell layers apart at all
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
 # Deviations of noise on what is read. Questions lie close together, other texts do not: with much
 # noise whatever is new is taken for a question.
@@ -52,6 +51,15 @@ def check_start(
     for task, routes in start.items():
         if len(routes) != layers or not set(routes) <= {0, 1}:
             raise ConfigError.mismatch(f"start of {task!r}", f"{layers} of 0 and 1", list(routes))
+
+
+def one_in(examples: int) -> tuple[int, ...]:
+    """Of ``examples``, ever larger parts, as one in so many; the last is all of them.
+
+    The first is enough to see which layers are not worth much; for what is left to choose from it
+    takes ever more.
+    """
+    return (*(part for part in _PARTS if examples >= part * _FEWEST), 1)
 
 
 def start_routes(

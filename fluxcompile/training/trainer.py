@@ -15,7 +15,7 @@ from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
 from fluxcompile.training.route_search import Cost, Routes
 from fluxcompile.training.safeguard import Safeguard
-from fluxcompile.training.start import GREEDY, ONE_IN, imitate, start_routes
+from fluxcompile.training.start import GREEDY, imitate, one_in, start_routes
 from fluxcompile.training.trainee import Trainee
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class RouterTrainer(CompiledTrainer):
 
     def _costs(self, rows: Sequence[int]) -> list[Cost]:
         """Of routes, on ever more of these rows."""
-        return self.trainee.fixed(self._batches(self._by_length(rows)), ONE_IN)
+        return self.trainee.fixed(self._batches(self._by_length(rows)), one_in(len(rows)))
 
     def _by_length(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows, key=lambda i: len(self.train_dataset[i]))

@@ -13,7 +13,7 @@ from fluxcompile.training.examples import prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.route_cost import ALL, route_costs
-from fluxcompile.training.start import GREEDY, check_start, start_routes
+from fluxcompile.training.start import GREEDY, check_start, one_in, start_routes
 from fluxcompile.training.tasks import BUILT_IN
 from fluxcompile.training.trainee import Trainee
 from tests.parity.models import forced_router
@@ -128,6 +128,12 @@ def test_search_believes_many_examples_more_than_a_few():
 
     costs = {"retrieval": [cost_of(few), cost_of(many)]}
     assert start_routes(GREEDY, {"retrieval": 0.5}, 4, costs) == {"retrieval": (0, 1, 1, 0)}
+
+
+def test_few_examples_are_not_divided():
+    assert one_in(384) == (8, 4, 2, 1)
+    assert one_in(48) == (4, 2, 1)
+    assert one_in(16) == (1,)
 
 
 @pytest.mark.parametrize(
