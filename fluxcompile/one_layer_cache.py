@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 
-#: names under which decoder layers take their cache
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-
 
 class OneLayerCache:
     """``cache`` whose updates go to ``layer``, its part for the one layer that sees it."""

@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from fluxcompile.attachment import attachment_of
 from fluxcompile.backend import compile_graph
+from fluxcompile.cache_argument import CACHE_ARGUMENTS
 from fluxcompile.errors import OptionError, RouterError
 from fluxcompile.layer_table import LayerTable
 from fluxcompile.model_layers import attention_layers
-from fluxcompile.one_layer_cache import CACHE_ARGUMENTS, view_of
+from fluxcompile.one_layer_cache import view_of
 from fluxcompile.options import CompileOptions
 from fluxcompile.packed_rows import holds_packed_rows
 

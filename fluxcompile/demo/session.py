@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from transformers import DynamicCache, PreTrainedModel
 
 from fluxcompile import smollm2
+from fluxcompile.cache_argument import cache_argument
 from fluxcompile.demo.settings import DemoSettings
 from fluxcompile.generation import Generation, greedy, say_that_it_grows
 
@@ -69,7 +70,7 @@ class Session:
                 prompt.attention_mask.to(device),
                 limit,
                 on_token=on_token,
-                past_key_values=cache,
+                **{cache_argument(self.model): cache},
             )
 
     def text(self, generation: Generation) -> str:

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fluxcompile.attachment import attach, attachment_of, detach
+from fluxcompile.cache_argument import cache_argument
 from fluxcompile.config import FluxConfig
 from fluxcompile.errors import RouterError
 from fluxcompile.evaluation.compiling import no_silent_eager
@@ -181,9 +182,8 @@ class AsUser:
         several = () if ids.shape[1] == 1 else (ids, places)
         for tensor in (mask, *several):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        output = self.run(
-            ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
-        )
+        taken = {cache_argument(self.model): cache}
+        output = self.run(ids, attention_mask=mask, position_ids=places, use_cache=True, **taken)
         return self.language_model.states(output)
 
     def _routes(self, batch: int, before: Routes | None) -> torch.Tensor:

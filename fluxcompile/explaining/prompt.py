@@ -10,13 +10,13 @@ import torch
 from torch import fx, nn
 
 from fluxcompile.backend import compile_graph
+from fluxcompile.cache_argument import CACHE_ARGUMENTS, cache_argument
 from fluxcompile.cache_memory import CacheMemory
 from fluxcompile.errors import OptionError
 from fluxcompile.explaining.layer_times import HOW, LayerTimes
 from fluxcompile.explaining.timed_graph import Stopwatch, TimedGraph
 from fluxcompile.inspection import forward_apart
 from fluxcompile.model_layers import unwrap
-from fluxcompile.one_layer_cache import CACHE_ARGUMENTS
 from fluxcompile.options import CompileOptions
 from fluxcompile.report import FluxReport, GraphReport
 from fluxcompile.route_record import Routes, routes_of
@@ -119,7 +119,7 @@ def _run(
         for _ in range(1 + repeats):
             runs.stopwatch.next_call()
             cache = _cache(model, parsed, kwargs)
-            more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+            more = {} if cache is None else {cache_argument(model): cache, "use_cache": True}
             call(*args, **kwargs, **more)
             runs.memory = cache.memory() if cache is not None else None
             runs.graphs = runs.graphs or tuple(reports)

@@ -10,9 +10,9 @@ from transformers import DynamicCache
 
 import fluxcompile
 from fluxcompile import FluxCache, OptionError
+from fluxcompile.cache_argument import CACHE_ARGUMENTS
 from fluxcompile.explaining import explain_prompt
 from fluxcompile.explaining.timed_graph import Stopwatch
-from fluxcompile.one_layer_cache import CACHE_ARGUMENTS
 from fluxcompile.passes.site import SkipReason
 from tests.explaining import cases
 from tests.passes.graphs import Layer, eager_softmax, hidden
