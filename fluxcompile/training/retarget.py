@@ -17,8 +17,8 @@ from fluxcompile.training import backbone
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import check_served
-from fluxcompile.training.route_cost import route_costs
-from fluxcompile.training.route_search import Cost, Routes, search_routes
+from fluxcompile.training.route_cost import route_samples
+from fluxcompile.training.route_search import Cost, Routes, mean_of, search_routes
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.thresholds import separating_thresholds
 from fluxcompile.training.train import collator_for
@@ -107,12 +107,13 @@ def retarget_router(
             margins, of_task, routed = _read(moved, every, run)
             full = torch.zeros(len(known), len(routed), dtype=torch.bool)
             for i_task, (name, task) in enumerate(known.items()):
-                (cost,) = route_costs(moved, language_model, run, batches[name], LOGITS_CHUNK)
+                (sample,) = route_samples(moved, language_model, run, batches[name], LOGITS_CHUNK)
                 shares = (margins[of_task == i_task] > 0).double().mean(dim=0)
                 count = round((1 - task.target) * len(routed))
                 stay = worth_most(
-                    cost, len(router.layers), routed, shares, count, _teller(name, report)
-                )
+                    mean_of(sample), len(router.layers), routed, shares, count,
+                    _teller(name, report),
+                )  # fmt: skip
                 report(f"{name}: layers {stay} stay full")
                 full[i_task] = torch.tensor([layer in stay for layer in routed])
             for _ in range(ROUNDS):

@@ -12,21 +12,21 @@ from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.objective import row_means, shortfall
 from fluxcompile.training.patterns import pinning_noise
-from fluxcompile.training.route_search import Cost, Routes
+from fluxcompile.training.route_search import Routes, Sample
 
 ALL = (1,)
 
 
 @torch.no_grad()
-def route_costs(
+def route_samples(
     router: FluxRouter,
     language_model: LanguageModel,
     run: Callable[..., Any],
     batches: Iterable[Mapping[str, torch.Tensor]],
     logits_chunk: int,
     one_in: Sequence[int] = ALL,
-) -> list[Cost]:
-    """How far the targets are from certain, mean of rows, as functions of routes.
+) -> list[Sample]:
+    """How far each row's targets are from certain, as functions of routes.
 
     A row counts its :func:`shortfall`. A divergence from full attention's predictions has no bound,
     so that a few rows decide a search by it, and it holds it against routes that they predict an
@@ -40,8 +40,7 @@ def route_costs(
         batches: each with ``input_ids``, ``attention_mask`` and ``labels``, ``[B, S]``, and maybe
             ``prompt_length`` ``[B]``.
         logits_chunk: target tokens whose logits exist at one time.
-        one_in: for each function, the share of the batches that it is the mean of: 4 for every
-            fourth of them.
+        one_in: for each function, the share of the batches that it runs: 4 for every fourth.
     """
     device = next(router.parameters()).device
     prepared = []
@@ -60,10 +59,7 @@ def route_costs(
             losses = language_model.losses(run, ids, mask, targets, logits_chunk)
         return shortfall(row_means(losses.cross_entropy, targets.rows, len(ids)).double())
 
-    def on(which: range) -> Cost:
-        def cost(routes: Routes) -> float:
-            return float(torch.cat([shortfalls(tuple(routes), i) for i in which]).mean())
-
-        return cost
+    def on(which: range) -> Sample:
+        return lambda routes: torch.cat([shortfalls(routes, i) for i in which])
 
     return [on(range(0, len(prepared), share)) for share in one_in]

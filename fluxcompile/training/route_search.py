@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 Routes = tuple[int, ...]
 #: of routes, one 0 or 1 (full attention) a layer
 Cost = Callable[[Routes], float]
+#: of routes, what they cost on each of some examples: fp64 ``[N]``
+Sample = Callable[[Routes], torch.Tensor]
 
-_FEW = 4  # candidates, of which none is left out
+_SURE = 2.0  # standard errors
 
 
 def search_routes(cost: Cost, layers: int, sparse_layers: int, **settings: Any) -> Routes:
@@ -63,7 +67,7 @@ def greedy_order(
     return order
 
 
-def exchanged(costs: Sequence[Cost], routes: Routes, reach: int = 2) -> Routes:
+def exchanged(samples: Sequence[Sample], routes: Routes, reach: int = 2) -> Routes:
     """``routes``, with full layers changed for sparse ones as long as that costs less.
 
     Greedy search never takes back a layer that it has made sparse, whatever it makes sparse after.
@@ -72,40 +76,52 @@ def exchanged(costs: Sequence[Cost], routes: Routes, reach: int = 2) -> Routes:
     layers are, then two others sparse: some layers help only together.
 
     Args:
-        costs: of a pattern on ever more examples; the last one decides, the others say which
-            layers it need not be asked about (see :func:`cheapest`).
+        samples: of what a pattern costs, ever larger ones; the last one decides, the others say
+            which patterns it need not be asked about (see :func:`cheapest`).
         routes: 1 for full attention; as many of them are full afterwards.
         reach: how many layers to exchange at once, at most.
     """
+    cost = mean_of(samples[-1])
     at_most = min(reach, sum(routes), len(routes) - sum(routes))
     at_once = 1
     while at_once <= at_most:
         found = routes
         for which in (0,) * at_once + (1,) * at_once:
-            found = cheapest(_switched(found, which), costs)
-        if found != routes and costs[-1](found) < costs[-1](routes):
+            found = cheapest(_switched(found, which), samples)
+        if found != routes and cost(found) < cost(routes):
             routes, at_once = found, 1
         else:
             at_once += 1
     return routes
 
 
-def cheapest(candidates: Sequence[Routes], costs: Sequence[Cost]) -> Routes:
-    """The candidate of least cost, by successive halving (Karnin et al. 2013).
+def cheapest(candidates: Sequence[Routes], samples: Sequence[Sample]) -> Routes:
+    """The candidate that costs the least, by a race on ever more examples.
 
-    Each cost but the last leaves the better half of what the one before it left, so that the last,
-    on the most examples, is asked about a few candidates alone.
+    After each sample but the last, the better half goes on (successive halving, Karnin et al.
+    2013), and of it those alone that are not surely worse than the best: by more than twice the
+    standard error of the mean of the differences, example by example (as in racing, Maron and
+    Moore 1994).
 
     Args:
         candidates: at least one.
-        costs: on ever more examples.
+        samples: ever larger ones.
     """
     left = list(candidates)
-    for cost in costs[:-1]:
-        if len(left) <= _FEW:
+    for sample in samples[:-1]:
+        if len(left) == 1:
             break
-        left = sorted(left, key=cost)[: math.ceil(len(left) / 2)]
-    return min(left, key=costs[-1])
+        values = torch.stack([sample(routes) for routes in left])
+        order = values.mean(dim=1).argsort(stable=True)[: math.ceil(len(left) / 2)].tolist()
+        apart = values - values[order[0]]
+        error = apart.std(dim=1, correction=0) / math.sqrt(values.shape[1])
+        left = [left[i] for i in order if apart[i].mean() <= _SURE * error[i]]
+    return left[0] if len(left) == 1 else min(left, key=mean_of(samples[-1]))
+
+
+def mean_of(sample: Sample) -> Cost:
+    """The cost of routes that a sample gives."""
+    return lambda routes: float(sample(routes).mean())
 
 
 def with_sparse(sparse: Sequence[int], layers: int) -> Routes:

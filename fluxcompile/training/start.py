@@ -16,10 +16,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import standardized
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.route_search import Cost, Routes, exchanged, search_routes
+from fluxcompile.training.route_search import Routes, Sample, exchanged, mean_of, search_routes
 
 GREEDY = "greedy"
-_PARTS = (8, 4, 2)  # of the examples that routes are judged by: one in so many, to begin with
+_PARTS = (12, 6, 3)  # of the examples that routes are judged by: one in so many, to begin with
 _FEWEST = 12  # examples that can tell layers apart at all
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
 # Deviations of noise on what is read. Questions lie close together, other texts do not: with much
@@ -66,7 +66,7 @@ def start_routes(
     start: str | Mapping[str, Sequence[int]],
     targets: Mapping[str, float],
     layers: int,
-    costs: Mapping[str, Sequence[Cost]],
+    samples: Mapping[str, Sequence[Sample]],
 ) -> dict[str, Routes]:
     """The routes that each task starts with, 1 for full attention.
 
@@ -74,19 +74,19 @@ def start_routes(
         start: ``"greedy"``, or the routes themselves by task, as :func:`check_start` lets pass.
         targets: of every task, the share of layers to make sparse.
         layers: of the model.
-        costs: of every task, what routes cost on ever more examples; for the search, which asks
+        samples: of every task, what routes cost on ever more examples; for the search, which asks
             the last of them only where few routes are left to choose from.
     """
     if start == GREEDY:
-        return {task: _searched(task, costs[task], layers, t) for task, t in targets.items()}
+        return {task: _searched(task, samples[task], layers, t) for task, t in targets.items()}
     return {task: tuple(map(int, start[task])) for task in targets}
 
 
-def _searched(task: str, costs: Sequence[Cost], layers: int, target: float) -> Routes:
-    greedy = search_routes(costs[0], layers, round(target * layers), lazy=True)
-    found = exchanged(costs, greedy)
+def _searched(task: str, samples: Sequence[Sample], layers: int, target: float) -> Routes:
+    greedy = search_routes(mean_of(samples[0]), layers, round(target * layers), lazy=True)
+    found = exchanged(samples, greedy)
     for name, routes in (("greedy", greedy), ("exchanged", found)):
-        words = ",".join(map(str, routes)), costs[-1](routes)
+        words = ",".join(map(str, routes)), mean_of(samples[-1])(routes)
         logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)
     return found
 

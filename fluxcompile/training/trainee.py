@@ -11,8 +11,8 @@ from fluxcompile.training.calibration import calibrate, read_features
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.objective import routed_sparsity, sparsity_term
-from fluxcompile.training.route_cost import route_costs
-from fluxcompile.training.route_search import Cost
+from fluxcompile.training.route_cost import route_samples
+from fluxcompile.training.route_search import Sample
 from fluxcompile.training.routed_module import RoutedModule
 
 
@@ -85,9 +85,9 @@ class Trainee(RoutedModule):
 
     def fixed(
         self, batches: Iterable[Mapping[str, torch.Tensor]], one_in: Sequence[int]
-    ) -> list[Cost]:
-        """:func:`route_costs` on ``batches``, through the graph that trains."""
-        return route_costs(self.router, *self._language_model, batches, self.logits_chunk, one_in)
+    ) -> list[Sample]:
+        """:func:`route_samples` on ``batches``, through the graph that trains."""
+        return route_samples(self.router, *self._language_model, batches, self.logits_chunk, one_in)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from fluxcompile.training.arguments import RouterTrainingArguments
 from fluxcompile.training.compiled_trainer import CompiledTrainer
 from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
-from fluxcompile.training.route_search import Cost, Routes
+from fluxcompile.training.route_search import Routes, Sample
 from fluxcompile.training.safeguard import Safeguard
 from fluxcompile.training.start import GREEDY, imitate, one_in, start_routes
 from fluxcompile.training.trainee import Trainee
@@ -106,12 +106,12 @@ class RouterTrainer(CompiledTrainer):
         share = max(1, args.start_rows // len(targets))
         rows = [i for some in by_task.values() for i in some[:share]]
         with self.accelerator.autocast():
-            costs = {
-                task: self._costs(some[: args.search_rows])
+            samples = {
+                task: self._samples(some[: args.search_rows])
                 for task, some in by_task.items()
                 if args.start == GREEDY
             }
-            routes = start_routes(args.start, targets, len(trainee.router.layer_names), costs)
+            routes = start_routes(args.start, targets, len(trainee.router.layer_names), samples)
             rows = self._by_length(rows)
             full = torch.tensor([routes[self.train_dataset[i].task] for i in rows]).bool()
             features = trainee.features(self._batches(rows), full)
@@ -119,8 +119,8 @@ class RouterTrainer(CompiledTrainer):
         logger.info("start routes: %.1f%% of %d examples' taken", 100 * found, len(rows))
         return routes
 
-    def _costs(self, rows: Sequence[int]) -> list[Cost]:
-        """Of routes, on ever more of these rows."""
+    def _samples(self, rows: Sequence[int]) -> list[Sample]:
+        """What routes cost on ever more of these rows."""
         return self.trainee.fixed(self._batches(self._by_length(rows)), one_in(len(rows)))
 
     def _by_length(self, rows: Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """Routers that start with fixed routes for each task: searched for, learnt, and what is refused."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,13 @@ from fluxcompile.training.batching import collate
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
-from fluxcompile.training.route_cost import ALL, route_costs
+from fluxcompile.training.route_cost import ALL, route_samples
 from fluxcompile.training.start import GREEDY, check_start, one_in, start_routes
 from fluxcompile.training.tasks import BUILT_IN
 from fluxcompile.training.trainee import Trainee
 from tests.parity.models import forced_router
 from tests.training.eager_mixture import Mixture, eager_mixture
+from tests.training.test_route_search import samples_of
 from tests.training.tiny import CONFIG, QUICK, routes_on, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
@@ -73,18 +75,18 @@ def test_search_knows_where_prompts_end():
             model, router, Multipliers([0.5, 1.0], 0.0), language_model=language_model,
             run=compiled(language_model.body, router, lowering="eager"), logits_chunk=64,
         )  # fmt: skip
-        (cost,) = trainee.fixed([batch], ALL)
-        found = cost((0, 0))
-        (cost,) = trainee.fixed([batch | {"prompt_length": mask.sum(1)}], ALL)
-        whole = cost((0, 0))
+        (sample,) = trainee.fixed([batch], ALL)
+        found = float(sample((0, 0)).mean())
+        (sample,) = trainee.fixed([batch | {"prompt_length": mask.sum(1)}], ALL)
+        whole = float(sample((0, 0)).mean())
     assert 1 - found == pytest.approx(float(1 - expected), rel=1e-4)
     assert 1 - found != pytest.approx(1 - whole, rel=1e-3)
 
 
-def test_a_batch_is_run_once_for_routes_and_counts_in_every_cost_it_is_part_of():
+def test_a_batch_is_run_once_for_routes_and_is_part_of_every_sample():
     model = tiny_model()
     router = forced_router(model, False, CONFIG)
-    examples = prepare(tiny_data(5), tasks=BUILT_IN)
+    batches = [collate([example], 0) for example in prepare(tiny_data(5), tasks=BUILT_IN)]
     ran = []
 
     def counted(ids, *arguments, **settings):
@@ -94,17 +96,15 @@ def test_a_batch_is_run_once_for_routes_and_counts_in_every_cost_it_is_part_of()
     with attached(model, router), frozen(model):
         language_model = LanguageModel.of(model).checked(model)
         run = compiled(language_model.body, router, lowering="eager")
-        costs = route_costs(
-            router, language_model, counted, [collate([e], 0) for e in examples], 64, (4, 2, 1)
+        of = functools.partial(route_samples, router, language_model)
+        few, some, every = (
+            sample((0, 1)).tolist() for sample in of(counted, batches, 64, (4, 2, 1))
         )
-        few, some, every = (cost((0, 1)) for cost in costs)
         assert len(ran) == 5
-        alone = [route_costs(router, language_model, run, [collate([e], 0)], 64) for e in examples]
-        one_by_one = [cost((0, 1)) for (cost,) in alone]
-    assert few == pytest.approx((one_by_one[0] + one_by_one[4]) / 2)
-    assert some == pytest.approx(sum(one_by_one[::2]) / 3)
-    assert every == pytest.approx(sum(one_by_one) / 5)
-    assert len(set(one_by_one)) == 5
+        alone = [of(run, [batch], 64)[0]((0, 1)).item() for batch in batches]
+    assert every == pytest.approx(alone)
+    assert (some, few) == (every[::2], every[::4])
+    assert len(set(every)) == 5
 
 
 def test_search_makes_the_cheapest_layers_sparse():
@@ -115,24 +115,31 @@ def test_search_makes_the_cheapest_layers_sparse():
             price for price, full in zip(prices[task], routes, strict=True) if not full
         )
 
-    costs = {task: [cost_of(task)] * 2 for task in prices}
-    found = start_routes(GREEDY, {"retrieval": 0.5, "holistic": 0.75}, 4, costs)
+    samples = {task: samples_of(cost_of(task)) * 2 for task in prices}
+    found = start_routes(GREEDY, {"retrieval": 0.5, "holistic": 0.75}, 4, samples)
     assert found == {"retrieval": (1, 0, 0, 1), "holistic": (0, 1, 0, 0)}
 
 
 def test_search_believes_many_examples_more_than_a_few():
-    few, many = [1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 3.0, 2.0]
+    few, many = [1.0, 2.0, 2.5, 4.0], [1.0, 4.0, 2.5, 2.0]
 
-    def cost_of(prices):
-        return lambda routes: sum(p * (1 - full) for p, full in zip(prices, routes, strict=True))
+    def sample_of(prices):
+        """Of layers that are worth more on one example than on another."""
 
-    costs = {"retrieval": [cost_of(few), cost_of(many)]}
-    assert start_routes(GREEDY, {"retrieval": 0.5}, 4, costs) == {"retrieval": (0, 1, 1, 0)}
+        def sample(routes):
+            sparse = torch.tensor([not full for full in routes])
+            on_two = torch.tensor(prices) + torch.arange(4) * torch.tensor([[-9.0], [9.0]])
+            return (on_two * sparse).sum(dim=1)
+
+        return sample
+
+    samples = {"retrieval": [sample_of(few), sample_of(many)]}
+    assert start_routes(GREEDY, {"retrieval": 0.5}, 4, samples) == {"retrieval": (0, 1, 0, 1)}
 
 
 def test_few_examples_are_not_divided():
-    assert one_in(384) == (8, 4, 2, 1)
-    assert one_in(48) == (4, 2, 1)
+    assert one_in(384) == (12, 6, 3, 1)
+    assert one_in(48) == (3, 1)
     assert one_in(16) == (1,)
 
 
