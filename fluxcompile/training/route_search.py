@@ -67,31 +67,25 @@ def greedy_order(
     return order
 
 
-def exchanged(samples: Sequence[Sample], routes: Routes, reach: int = 2) -> Routes:
-    """``routes``, with full layers changed for sparse ones as long as that costs less.
+def exchanged(samples: Sequence[Sample], routes: Routes) -> Routes:
+    """``routes``, with one full layer changed for a sparse one as long as that costs less.
 
     Greedy search never takes back a layer that it has made sparse, whatever it makes sparse after.
     Here the sparse layer that helps the most is made full again, then the full one that costs the
-    least sparse, as in floating search (Pudil et al. 1994). Where that finds no better routes, two
-    layers are, then two others sparse: some layers help only together.
+    least sparse, as in floating search (Pudil et al. 1994).
 
     Args:
         samples: of what a pattern costs, ever larger ones; the last one decides, the others say
             which patterns it need not be asked about (see :func:`cheapest`).
         routes: 1 for full attention; as many of them are full afterwards.
-        reach: how many layers to exchange at once, at most.
     """
     cost = mean_of(samples[-1])
-    at_most = min(reach, sum(routes), len(routes) - sum(routes))
-    at_once = 1
-    while at_once <= at_most:
-        found = routes
-        for which in (0,) * at_once + (1,) * at_once:
-            found = cheapest(_switched(found, which), samples)
-        if found != routes and cost(found) < cost(routes):
-            routes, at_once = found, 1
-        else:
-            at_once += 1
+    while 0 < sum(routes) < len(routes):
+        wider = cheapest(_switched(routes, 0), samples)
+        found = cheapest(_switched(wider, 1), samples)
+        if found == routes or cost(found) >= cost(routes):
+            break
+        routes = found
     return routes
 
 

@@ -19,8 +19,9 @@ from fluxcompile.router import FluxRouter
 from fluxcompile.training.route_search import Routes, Sample, exchanged, mean_of, search_routes
 
 GREEDY = "greedy"
-_PARTS = (12, 6, 3)  # of the examples that routes are judged by: one in so many, to begin with
-_FEWEST = 12  # examples that can tell layers apart at all
+# Examples that show which layers are not worth much. Twice as many begin a race: with fewer, a
+# layer that these happen not to need would never be tried on more.
+_FEWEST = 48
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
 # Deviations of noise on what is read. Questions lie close together, other texts do not: with much
 # noise whatever is new is taken for a question.
@@ -54,12 +55,12 @@ def check_start(
 
 
 def one_in(examples: int) -> tuple[int, ...]:
-    """Of ``examples``, ever larger parts, as one in so many; the last is all of them.
-
-    The first is enough to see which layers are not worth much; for what is left to choose from it
-    takes ever more.
-    """
-    return (*(part for part in _PARTS if examples >= part * _FEWEST), 1)
+    """Of ``examples``, ever larger parts, as one in so many; the last is all of them."""
+    parts, size = [], _FEWEST
+    while 2 * size <= examples:
+        parts.append(examples // size)
+        size *= 2
+    return (*parts, 1)
 
 
 def start_routes(
@@ -74,8 +75,8 @@ def start_routes(
         start: ``"greedy"``, or the routes themselves by task, as :func:`check_start` lets pass.
         targets: of every task, the share of layers to make sparse.
         layers: of the model.
-        samples: of every task, what routes cost on ever more examples; for the search, which asks
-            the last of them only where few routes are left to choose from.
+        samples: of every task, what routes cost on ever more examples: on the first for greedy
+            search, on the others for exchanges after it.
     """
     if start == GREEDY:
         return {task: _searched(task, samples[task], layers, t) for task, t in targets.items()}
@@ -84,7 +85,7 @@ def start_routes(
 
 def _searched(task: str, samples: Sequence[Sample], layers: int, target: float) -> Routes:
     greedy = search_routes(mean_of(samples[0]), layers, round(target * layers), lazy=True)
-    found = exchanged(samples, greedy)
+    found = exchanged(samples[1:] or samples, greedy)
     for name, routes in (("greedy", greedy), ("exchanged", found)):
         words = ",".join(map(str, routes)), mean_of(samples[-1])(routes)
         logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)

@@ -121,25 +121,20 @@ def test_search_makes_the_cheapest_layers_sparse():
 
 
 def test_search_believes_many_examples_more_than_a_few():
-    few, many = [1.0, 2.0, 2.5, 4.0], [1.0, 4.0, 2.5, 2.0]
+    few, many = [1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 3.0, 2.0]
 
-    def sample_of(prices):
-        """Of layers that are worth more on one example than on another."""
+    def cost_of(prices):
+        return lambda routes: sum(p * (1 - full) for p, full in zip(prices, routes, strict=True))
 
-        def sample(routes):
-            sparse = torch.tensor([not full for full in routes])
-            on_two = torch.tensor(prices) + torch.arange(4) * torch.tensor([[-9.0], [9.0]])
-            return (on_two * sparse).sum(dim=1)
-
-        return sample
-
-    samples = {"retrieval": [sample_of(few), sample_of(many)]}
-    assert start_routes(GREEDY, {"retrieval": 0.5}, 4, samples) == {"retrieval": (0, 1, 0, 1)}
+    samples = {"retrieval": [*samples_of(cost_of(few)), *samples_of(cost_of(many))]}
+    assert start_routes(GREEDY, {"retrieval": 0.5}, 4, samples) == {"retrieval": (0, 1, 1, 0)}
 
 
 def test_few_examples_are_not_divided():
-    assert one_in(384) == (12, 6, 3, 1)
-    assert one_in(48) == (3, 1)
+    assert one_in(576) == (12, 6, 3, 1)
+    assert one_in(384) == (8, 4, 2, 1)
+    assert one_in(96) == (2, 1)
+    assert one_in(95) == (1,)
     assert one_in(16) == (1,)
 
 
