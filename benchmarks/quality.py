@@ -14,10 +14,11 @@ which is checked against the user's first, on 64 prompts of each cell; there it 
 To compare at equal Ω, each router gets static counterparts with its own sparse attention and as
 many sparse layers as it has on average, rounded down in their favour: ``greedy`` (searched on
 training prompts: what costs least by ``--search-by``), ``greedy-retrieval`` (searched on those of
-retrieval alone), ``entropy``, ``random``, and ``majority``, the layers that the router itself most
-often makes sparse. Routers are held against them by the probability of right answers, which needs
-fewer prompts than their number. Routers of several sparse modes may take part at once: the patterns
-then say theirs in their names.
+retrieval alone), ``exchanged`` and ``exchanged-retrieval`` (the same, with exchanges of layers
+after it: the hardest), ``entropy``, ``random``, and ``majority``, the layers that the router itself
+most often makes sparse. Routers are held against them by the probability of right answers, which
+needs fewer prompts than their number. Routers of several sparse modes may take part at once: the
+patterns then say theirs in their names.
 
 The ablation: train routers that differ in one setting and give all of them, seeds under one name:
 
@@ -93,8 +94,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sink", type=int, default=64, help="where no router says")
     parser.add_argument("--local", type=int, default=512, help="where no router says")
-    parser.add_argument("--search-length", type=int, default=4096, help="of greedy's prompts")
-    parser.add_argument("--search-examples", type=int, default=16, help="a task, of greedy's")
+    parser.add_argument("--search-length", type=int, default=4096, help="of a search's prompts")
+    parser.add_argument("--search-examples", type=int, default=64, help="a task, of a search's")
     parser.add_argument(
         "--search-by", choices=BY, default=BY[0],
         help="what a search's layers should cost least of",

@@ -96,6 +96,34 @@ class Greedy:
 
 
 @dataclass(frozen=True)
+class Exchanged:
+    """Exchanges of layers after greedy search, for one number of sparse layers.
+
+    Attributes:
+        routes: that greedy search found.
+        method: its name among the methods.
+        kind: of prompts that both go by; None for all.
+    """
+
+    config: FluxConfig
+    routes: tuple[int, ...]
+    method: str
+    kind: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.routes.count(0)}/{len(self.routes)} search"
+
+    def about(self) -> list[Any]:
+        return ["exchanged", self.config.to_dict(), list(self.routes), self.kind]
+
+    def run(self, worker: Worker) -> Outcome:
+        started = time.perf_counter()
+        found = worker.search.exchanged(worker.graph(self.config), self.routes, self.kind)
+        return Outcome(time.perf_counter() - started, order=tuple(found))
+
+
+@dataclass(frozen=True)
 class Entropies:
     """The layers by matrix entropy."""
 
@@ -140,4 +168,4 @@ class Pattern:
         return Outcome(time.perf_counter() - started, results, "graph", apart)
 
 
-Job = Full | Routed | Greedy | Entropies | Pattern
+Job = Full | Routed | Greedy | Exchanged | Entropies | Pattern

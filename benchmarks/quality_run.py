@@ -18,6 +18,7 @@ from fluxcompile.errors import OptionError
 from fluxcompile.evaluation.prompts import KINDS, Cells
 from fluxcompile.model_layers import attention_layers
 from fluxcompile.training.patterns import serves
+from fluxcompile.training.route_search import Routes, with_sparse
 from quality_contenders import (
     NamedRouter,
     RouterRun,
@@ -26,15 +27,16 @@ from quality_contenders import (
     same_attention,
     sparse_mode,
 )
-from quality_jobs import Entropies, Full, Greedy, Job, Pattern, Routed
+from quality_jobs import Entropies, Exchanged, Full, Greedy, Job, Pattern, Routed
 from quality_outcome import Outcome
 from quality_partial import Partial, prompts_digest, weights_digest
 from quality_pool import InPlace, Spread
-from quality_static import SEARCHED, counterparts
+from quality_static import EXCHANGED, SEARCHED, counterparts, counts_of
 from quality_worker import Worker, load
 from slots import threads_each
 
-Routes = tuple[int, ...]
+#: by method and number of sparse layers
+Exchanges = Mapping[tuple[str, int], Exchanged]
 
 #: settings that decide what a job finds, whichever it is; others decide which jobs there are
 DECISIVE = (
@@ -115,16 +117,35 @@ class Bench:
         jobs += [
             Greedy(config, depth, method, SEARCHED[method])
             for config in reversed(distinct)
-            for method in self._methods(config)
+            for method in dict.fromkeys(EXCHANGED.get(m, m) for m in self._methods(config))
             if depth and method in SEARCHED
         ]
         return jobs
 
+    def _exchanges(
+        self, config: FluxConfig, routers: Sequence[RouterRun], searches: Sequence[Job]
+    ) -> Exchanges:
+        """For every number of sparse layers that is to be matched."""
+        orders = self._orders(config, searches)
+        counts = counts_of(self._layers, _alike(routers, config), self._args.sparse_layers)
+        return {
+            (method, count): Exchanged(
+                config, with_sparse(orders[after][:count], self._layers), method, SEARCHED[after]
+            )
+            for method in self._methods(config)
+            if (after := EXCHANGED.get(method))
+            for count in counts
+        }
+
     def _methods(self, config: FluxConfig) -> list[str]:
         """Those that were asked for, without searches that cannot be made."""
         kinds = {None, *(KINDS[task] for task in self._args.tasks)}
-        possible = [m for m, kind in SEARCHED.items() if serves(config) and kind in kinds]
-        return [m for m in self._args.methods if m not in SEARCHED or m in possible]
+        return [
+            method
+            for method in self._args.methods
+            if (searched := EXCHANGED.get(method, method)) not in SEARCHED
+            or (serves(config) and SEARCHED[searched] in kinds)
+        ]
 
     def _statics(
         self,
@@ -135,13 +156,26 @@ class Bench:
         searches: Sequence[Job],
     ) -> list[StaticRun]:
         expected = {cell: result.loss for cell, result in full.results.items()}
-        jobs = []
-        for config in distinct:
-            label = "" if len(distinct) == 1 else f" {sparse_mode(config)}"
-            patterns = self._patterns(config, routers, given, searches)
-            jobs += [
-                Pattern(name + label, config, routes, expected) for name, routes in patterns.items()
-            ]
+        exchanges: dict[FluxConfig, Exchanges] = {
+            config: self._exchanges(config, routers, searches) for config in distinct
+        }
+
+        def jobs_with(exchanges: Mapping[FluxConfig, Exchanges]) -> list[Pattern]:
+            jobs = []
+            for config in distinct:
+                label = "" if len(distinct) == 1 else f" {sparse_mode(config)}"
+                patterns = self._patterns(
+                    config, routers, given, searches, exchanges.get(config, {})
+                )
+                jobs += [
+                    Pattern(name + label, config, routes, expected)
+                    for name, routes in patterns.items()
+                ]
+            return jobs
+
+        # Patterns that need no exchange keep those busy who have none to make.
+        self._do([*(job for some in exchanges.values() for job in some.values()), *jobs_with({})])
+        jobs = jobs_with(exchanges)
         self._do(jobs)
         runs = []
         for job in jobs:
@@ -160,6 +194,7 @@ class Bench:
         routers: Sequence[RouterRun],
         given: Mapping[str, Routes],
         searches: Sequence[Job],
+        exchanges: Exchanges,
     ) -> dict[str, Routes]:
         methods = self._methods(config)
         if left_out := set(self._args.methods) - set(methods):
@@ -168,18 +203,22 @@ class Bench:
                 "attention that can be trained, which has one compile for every pattern, and "
                 "prompts of its kind"
             )
+        found = counterparts(
+            self._layers, _alike(routers, config), methods, self._orders(config, searches),
+            {key: self._of(job).order for key, job in exchanges.items()},
+            also=self._args.sparse_layers, seed=self._args.seed,
+        )  # fmt: skip
+        return {"all sparse": (0,) * self._layers} | dict(given) | found
+
+    def _orders(self, config: FluxConfig, searches: Sequence[Job]) -> dict[str, tuple[int, ...]]:
+        """What the searches for ``config`` have found, by method."""
         orders = {}
         for job in searches:
             if isinstance(job, Entropies):
                 orders["entropy"] = self._of(job).order
             elif job.config == config:
                 orders[job.method] = self._of(job).order
-        alike = [run for run in routers if same_attention(run.config, config)]
-        found = counterparts(
-            self._layers, alike, methods, orders, also=self._args.sparse_layers,
-            seed=self._args.seed,
-        )  # fmt: skip
-        return {"all sparse": (0,) * self._layers} | dict(given) | found
+        return orders
 
     def _of(self, job: Job) -> Outcome:
         return self._found[self._partial.key(job)]
@@ -251,6 +290,11 @@ def environments(device: str, count: int) -> list[dict[str, str]]:
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
     }
     return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for gpu in gpus]
+
+
+def _alike(routers: Sequence[RouterRun], config: FluxConfig) -> list[RouterRun]:
+    """Those whose sparse attention is that of ``config``."""
+    return [run for run in routers if same_attention(run.config, config)]
 
 
 def _by_config(routed: Sequence[Routed]) -> list[Routed]:

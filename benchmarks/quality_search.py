@@ -1,8 +1,7 @@
 """Orders of layers, from the first to be made sparse to the last, found on training prompts."""
 
 import argparse
-from collections.abc import Sequence
-from functools import cached_property
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +12,17 @@ from fluxcompile.evaluation.scoring import Places
 from fluxcompile.training.baselines import matrix_entropies
 from fluxcompile.training.chunked_loss import LOGITS_CHUNK, token_losses
 from fluxcompile.training.objective import row_means, shortfall
-from fluxcompile.training.route_search import greedy_order
+from fluxcompile.training.route_search import (
+    Routes,
+    Sample,
+    after_greedy,
+    greedy_order,
+    mean_of,
+    one_in,
+    samples_of,
+)
 
 BY = ("divergence", "loss", "likelihood")
-
-Routes = tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -34,7 +39,8 @@ class Search:
     ``divergence``, the Kullback-Leibler divergence from full attention's predictions of the
     targets, by ``loss``, their cross entropy, or by ``likelihood``, their :func:`shortfall`. What
     full attention itself gets wrong is noise in the loss and not in the others. Each is the mean
-    over the prompts of what their means say.
+    over the prompts of what their means say; where there are many, greedy search has a part of
+    them, and exchanges of layers after it all, as where a router starts from a search.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
@@ -50,15 +56,18 @@ class Search:
             kind: search on ``"retrieval"`` or ``"holistic"`` prompts alone.
         """
         layers = len(graph.router.layer_names)
-        batches = self._batches(kind)
-        teachers = None
-        if self.args.search_by == "divergence":
-            teachers = [graph.target_states(batch.prompts, (1,) * layers) for batch in batches]
+        return greedy_order(mean_of(self._samples(graph, kind)[0]), layers, depth, lazy=True)
 
-        def cost(routes: Routes) -> float:
-            return self._cost(graph, routes, batches, teachers)
+    def exchanged(self, graph: OneGraph, routes: Routes, kind: str | None = None) -> list[int]:
+        """The layers that are sparse once those of ``routes``, found greedily, have been exchanged.
 
-        return greedy_order(cost, layers, depth, lazy=True)
+        Args:
+            graph: of the sparse attention.
+            routes: of :meth:`greedy`, for the same kind.
+            kind: search on ``"retrieval"`` or ``"holistic"`` prompts alone.
+        """
+        found = after_greedy(self._samples(graph, kind), routes)
+        return [layer for layer, full in enumerate(found) if not full]
 
     def entropy(self) -> list[int]:
         """Least matrix entropy of the layer's input first (arXiv 2604.07394, App. C)."""
@@ -71,7 +80,7 @@ class Search:
     def _prompts(self) -> list[Prompt]:
         return [prompt for prompts in self._cells.values() for prompt in prompts]
 
-    @cached_property
+    @functools.cached_property
     def _cells(self) -> dict[Cell, list[Prompt]]:
         return builtin_prompts(
             self._tokenizer,
@@ -95,23 +104,28 @@ class Search:
             for i in range(0, len(padded), batch)
         ]
 
-    @torch.no_grad()
-    def _cost(
-        self,
-        graph: OneGraph,
-        routes: Routes,
-        batches: Sequence[Batch],
-        teachers: Sequence[torch.Tensor] | None,
-    ) -> float:
+    def _samples(self, graph: OneGraph, kind: str | None) -> list[Sample]:
+        """What routes cost on ever more of the prompts of a kind."""
+        batches = self._batches(kind)
         head = graph.language_model.to_logits
-        rows = []
-        for i_batch, (prompts, wanted) in enumerate(batches):
+        full = (1,) * len(graph.router.layer_names)
+
+        @functools.cache
+        def teacher(i_batch: int) -> torch.Tensor | None:
+            if self.args.search_by != "divergence":
+                return None
+            return graph.target_states(batches[i_batch].prompts, full)
+
+        @torch.no_grad()
+        def cost(routes: Routes, i_batch: int) -> torch.Tensor:
+            prompts, wanted = batches[i_batch]
             states = graph.target_states(prompts, routes)
             places = Places.of(prompts, graph.device)
-            teacher = None if teachers is None else teachers[i_batch]
-            losses = token_losses(states, places.tokens, head, LOGITS_CHUNK, teacher)
-            values = losses.cross_entropy if teacher is None else losses.divergence
+            losses = token_losses(states, places.tokens, head, LOGITS_CHUNK, teacher(i_batch))
+            values = losses.cross_entropy if teacher(i_batch) is None else losses.divergence
             of_rows = row_means(values.double(), places.rows, len(prompts))
             judged = shortfall(of_rows) if self.args.search_by == "likelihood" else of_rows
-            rows.append(judged[:wanted])
-        return float(torch.cat(rows).mean())
+            return judged[:wanted]
+
+        examples = sum(batch.wanted for batch in batches)
+        return samples_of(cost, len(batches), one_in(examples))

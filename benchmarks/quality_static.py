@@ -8,15 +8,19 @@ import torch
 from fluxcompile.evaluation import Results
 from fluxcompile.evaluation.compare import kind_weights, omega
 from fluxcompile.training.baselines import random_routes
+from fluxcompile.training.route_search import Routes, with_sparse
 from quality_contenders import RouterRun
 
-METHODS = ("greedy", "greedy-retrieval", "entropy", "random", "majority")
+METHODS = (
+    "greedy", "greedy-retrieval", "exchanged", "exchanged-retrieval", "entropy", "random",
+    "majority",
+)  # fmt: skip
 #: greedy search, and the prompts that it goes by: of one kind, or all
 SEARCHED = {"greedy": None, "greedy-retrieval": "retrieval"}
+#: exchanges of layers, for each number of sparse ones, and the greedy search they come after
+EXCHANGED = {"exchanged": "greedy", "exchanged-retrieval": "greedy-retrieval"}
 ORDERED = (*SEARCHED, "entropy")  # those that put the layers in an order, see quality_search
 _SLACK = 1e-6  # of a number of layers that rounding may have taken away
-
-Routes = tuple[int, ...]
 
 
 def sparse_layers(results: Results) -> int:
@@ -25,11 +29,24 @@ def sparse_layers(results: Results) -> int:
     return math.floor(omega(results) * layers + _SLACK)
 
 
+def counts_of(layers: int, routers: Sequence[RouterRun], also: Sequence[int] = ()) -> list[int]:
+    """Numbers of sparse layers to match, most first, but for none and all.
+
+    Args:
+        layers: of the model.
+        routers: whose numbers of sparse layers.
+        also: further ones.
+    """
+    counts = {*(sparse_layers(run.results) for run in routers), *also}
+    return sorted((count for count in counts if 0 < count < layers), reverse=True)
+
+
 def counterparts(
     layers: int,
     routers: Sequence[RouterRun],
     methods: Sequence[str],
     orders: Mapping[str, Sequence[int]],
+    exchanged: Mapping[tuple[str, int], Sequence[int]],
     *,
     also: Sequence[int] = (),
     seed: int = 0,
@@ -41,20 +58,21 @@ def counterparts(
         routers: whose numbers of sparse layers to match.
         methods: some of `METHODS`.
         orders: of every method that is `ORDERED`, the layers to make sparse, first to last.
+        exchanged: of methods that are `EXCHANGED`, and numbers of sparse layers, which they are;
+            patterns that are not among them are left out.
         also: further numbers of sparse layers.
         seed: of random patterns.
     """
-    counts = sorted({*(sparse_layers(run.results) for run in routers), *also}, reverse=True)
     patterns: dict[str, Routes] = {}
-    for count in counts:
-        if not 0 < count < layers:
-            continue
+    for count in counts_of(layers, routers, also):
         of = f"{count}/{layers}"
         for method in methods:
             if method == "random":
                 patterns[f"random {of}"] = random_routes(layers, count, seed)
             elif method in ORDERED:
-                patterns[f"{method} {of}"] = _sparse_in(orders[method][:count], layers)
+                patterns[f"{method} {of}"] = with_sparse(orders[method][:count], layers)
+            elif (method, count) in exchanged:
+                patterns[f"{method} {of}"] = with_sparse(exchanged[method, count], layers)
     if "majority" in methods:
         for run in routers:
             count = sparse_layers(run.results)
@@ -67,8 +85,4 @@ def majority(results: Results, count: int) -> Routes:
     """Sparse where the router most often is, in ``count`` layers; cells weigh as in the mixture."""
     shares = torch.stack([result.full.double().mean(dim=0) for result in results.values()])
     often_full = kind_weights(list(results)) @ shares
-    return _sparse_in(often_full.argsort(stable=True)[:count].tolist(), len(often_full))
-
-
-def _sparse_in(chosen: Sequence[int], layers: int) -> Routes:
-    return tuple(int(layer not in chosen) for layer in range(layers))
+    return with_sparse(often_full.argsort(stable=True)[:count].tolist(), len(often_full))

@@ -175,7 +175,7 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
     shown = run_script(
         "quality.py", "--lowering", "eager", "--lengths", "1536", "--tasks", "needle", "code",
         "--examples", "2", "--batch", "2", "--search-length", "1536", "--search-examples", "1",
-        "--methods", "greedy", "greedy-retrieval", "majority",
+        "--methods", "greedy", "exchanged-retrieval", "majority",
         "--router", f"first={tmp_path / 'router'}",
         "--static", "second=1,0", "--output", str(output),
         *([] if importlib.util.find_spec("matplotlib") else ["--no-plots"]),
@@ -184,7 +184,7 @@ def test_quality_script_runs_on_a_cpu(quality, tmp_path):
     assert {"date", "commit", "device"} <= record["environment"].keys()
     runs = {run["name"]: run for run in record["runs"]}
     names = [
-        "full", "first", "all sparse", "second", "greedy 1/2", "greedy-retrieval 1/2",
+        "full", "first", "all sparse", "second", "greedy 1/2", "exchanged-retrieval 1/2",
         "majority of first",
     ]  # fmt: skip
     assert list(runs) == names

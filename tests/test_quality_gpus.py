@@ -77,7 +77,8 @@ def test_two_processes_find_what_one_does_and_what_is_found_is_kept(benchmarks, 
         records.append(timeless(json.loads((tmp_path / name / "quality.json").read_text())))
     assert records[0] == records[1]
     assert [run["name"] for run in records[0]["runs"]] == [
-        "full", "first", "end", "all sparse", "greedy 1/2", "entropy 1/2", "random 1/2",
+        "full", "first", "end", "all sparse", "greedy 1/2", "greedy-retrieval 1/2",
+        "exchanged 1/2", "exchanged-retrieval 1/2", "entropy 1/2", "random 1/2",
         "majority of first", "majority of end",
     ]  # fmt: skip
     # A contender is missing: it alone is run again.
@@ -188,12 +189,11 @@ def test_search_by_divergence_spares_the_layer_that_full_attention_needs(benchma
             batches = search._batches("retrieval")
             assert [batch.wanted for batch in batches] == [2, 1]
             assert search._batches("holistic") == []
-            teachers = None
-            if by == "divergence":
-                teachers = [graph.target_states(batch.prompts, (1, 1)) for batch in batches]
-            costs[by] = [
-                search._cost(graph, routes, batches, teachers) for routes in ((1, 1), (0, 0))
-            ]
+            (sample,) = search._samples(graph, "retrieval")
+            costs[by] = [float(sample(routes).mean()) for routes in ((1, 1), (0, 0))]
+            (kept,) = search.exchanged(graph, (1, 0))
+            others = {0: (0, 1), 1: (1, 0)}
+            assert sample(others[kept]).mean() <= sample(others[1 - kept]).mean()
         engine = graph.pattern((0, 0))
         losses = torch.cat([engine(batch.prompts).loss[: batch.wanted] for batch in batches])
     assert costs["divergence"][0] == pytest.approx(0, abs=1e-6)

@@ -22,8 +22,8 @@ NAMES = (
     "paper", "paper-fast", "first-variant", "cross-entropy", "distilled", "soft", "suffix-16",
     "with-prefix", "half", "retrieval-0.55", "long", "answerable", "answerable-0.6", "triangle",
     "triangle-0.7", "triangle-0.6", "triangle-start", "triangle-start-0.53", "triangle-start-0.63",
-    "triangle-start-0.7", "triangle-start-96", "triangle-0.85", "triangle-32", "longer",
-    "longer-8k", "longer-24", "longer-0.65", "longer-sure", "longer-prefix", "long-24", "batch-24",
+    "triangle-start-96", "triangle-0.85", "triangle-32", "longer", "longer-8k", "longer-24",
+    "longer-0.65", "longer-sure", "longer-prefix", "long-24", "batch-24",
 )  # fmt: skip
 
 STEPS = {
@@ -162,8 +162,7 @@ def test_what_the_recipes_say(recipes, monkeypatch, tmp_path):
     assert targets == {
         "triangle": 0.75, "triangle-0.6": 0.6, "triangle-0.7": 0.7, "triangle-0.85": 0.85,
         "triangle-32": 0.75, "triangle-start": 0.5667, "triangle-start-0.53": 0.5333,
-        "triangle-start-0.63": 0.6333,
-        "triangle-start-0.7": 0.7, "triangle-start-96": 0.5667,
+        "triangle-start-0.63": 0.6333, "triangle-start-96": 0.5667,
     }  # fmt: skip
     assert (of("triangle")["config"].last, of("triangle-32")["config"].last) == (128, 32)
     assert of("triangle")["mixture"] == of("answerable")["mixture"]

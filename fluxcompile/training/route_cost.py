@@ -1,6 +1,5 @@
 """What fixed routes cost on some batches, from the graph that trains."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from fluxcompile.training.chunked_loss import Targets
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.objective import row_means, shortfall
 from fluxcompile.training.patterns import pinning_noise
-from fluxcompile.training.route_search import Routes, Sample
+from fluxcompile.training.route_search import Routes, Sample, samples_of
 
 ALL = (1,)
 
@@ -30,8 +29,7 @@ def route_samples(
 
     A row counts its :func:`shortfall`. A divergence from full attention's predictions has no bound,
     so that a few rows decide a search by it, and it holds it against routes that they predict an
-    answer better than full attention. What a batch has shown of routes is kept: no function runs it
-    again.
+    answer better than full attention.
 
     Args:
         router: attached to the model; what it decides does not matter.
@@ -49,7 +47,6 @@ def route_samples(
         targets = Targets.of(batch["labels"].to(device))
         prepared.append((ids, mask, targets, batch.get("prompt_length")))
 
-    @functools.cache
     @torch.no_grad()
     def shortfalls(routes: Routes, i_batch: int) -> torch.Tensor:
         ids, mask, targets, prompt_length = prepared[i_batch]
@@ -59,7 +56,4 @@ def route_samples(
             losses = language_model.losses(run, ids, mask, targets, logits_chunk)
         return shortfall(row_means(losses.cross_entropy, targets.rows, len(ids)).double())
 
-    def on(which: range) -> Sample:
-        return lambda routes: torch.cat([shortfalls(routes, i) for i in which])
-
-    return [on(range(0, len(prepared), share)) for share in one_in]
+    return samples_of(shortfalls, len(prepared), one_in)

@@ -1,5 +1,6 @@
 """Fixed routes of a given number of sparse layers that cost little: searched layer by layer."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ Cost = Callable[[Routes], float]
 Sample = Callable[[Routes], torch.Tensor]
 
 _SURE = 2.0  # standard errors
+# Examples that show which layers are not worth much. Twice as many begin a race: with fewer, a
+# layer that these happen not to need would never be tried on more.
+_FEWEST = 48
 
 
 def search_routes(cost: Cost, layers: int, sparse_layers: int, **settings: Any) -> Routes:
@@ -67,6 +71,11 @@ def greedy_order(
     return order
 
 
+def after_greedy(samples: Sequence[Sample], routes: Routes) -> Routes:
+    """:func:`exchanged` of what greedy search found on the first of ``samples``, on the others."""
+    return exchanged(samples[1:] or samples, routes)
+
+
 def exchanged(samples: Sequence[Sample], routes: Routes) -> Routes:
     """``routes``, with one full layer changed for a sparse one as long as that costs less.
 
@@ -111,6 +120,33 @@ def cheapest(candidates: Sequence[Routes], samples: Sequence[Sample]) -> Routes:
         error = apart.std(dim=1, correction=0) / math.sqrt(values.shape[1])
         left = [left[i] for i in order if apart[i].mean() <= _SURE * error[i]]
     return left[0] if len(left) == 1 else min(left, key=mean_of(samples[-1]))
+
+
+def one_in(examples: int) -> tuple[int, ...]:
+    """Of ``examples``, ever larger parts, as one in so many; the last is all of them."""
+    parts, size = [], _FEWEST
+    while 2 * size <= examples:
+        parts.append(examples // size)
+        size *= 2
+    return (*parts, 1)
+
+
+def samples_of(
+    run: Callable[[Routes, int], torch.Tensor], batches: int, parts: Sequence[int]
+) -> list[Sample]:
+    """A sample for each of ``parts``, one in so many batches; no batch is run twice for routes.
+
+    Args:
+        run: what routes cost on each example of a batch, given by its position.
+        batches: how many there are.
+        parts: as :func:`one_in` gives them.
+    """
+    kept = functools.cache(run)
+
+    def on(which: range) -> Sample:
+        return lambda routes: torch.cat([kept(routes, i_batch) for i_batch in which])
+
+    return [on(range(0, batches, part)) for part in parts]
 
 
 def mean_of(sample: Sample) -> Cost:

@@ -16,12 +16,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import standardized
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.route_search import Routes, Sample, exchanged, mean_of, search_routes
+from fluxcompile.training.route_search import Routes, Sample, after_greedy, mean_of, search_routes
 
 GREEDY = "greedy"
-# Examples that show which layers are not worth much. Twice as many begin a race: with fewer, a
-# layer that these happen not to need would never be tried on more.
-_FEWEST = 48
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
 # Deviations of noise on what is read. Questions lie close together, other texts do not: with much
 # noise whatever is new is taken for a question.
@@ -54,15 +51,6 @@ def check_start(
             raise ConfigError.mismatch(f"start of {task!r}", f"{layers} of 0 and 1", list(routes))
 
 
-def one_in(examples: int) -> tuple[int, ...]:
-    """Of ``examples``, ever larger parts, as one in so many; the last is all of them."""
-    parts, size = [], _FEWEST
-    while 2 * size <= examples:
-        parts.append(examples // size)
-        size *= 2
-    return (*parts, 1)
-
-
 def start_routes(
     start: str | Mapping[str, Sequence[int]],
     targets: Mapping[str, float],
@@ -85,7 +73,7 @@ def start_routes(
 
 def _searched(task: str, samples: Sequence[Sample], layers: int, target: float) -> Routes:
     greedy = search_routes(mean_of(samples[0]), layers, round(target * layers), lazy=True)
-    found = exchanged(samples[1:] or samples, greedy)
+    found = after_greedy(samples, greedy)
     for name, routes in (("greedy", greedy), ("exchanged", found)):
         words = ",".join(map(str, routes)), mean_of(samples[-1])(routes)
         logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)

@@ -13,9 +13,9 @@ from fluxcompile.training.arguments import RouterTrainingArguments
 from fluxcompile.training.compiled_trainer import CompiledTrainer
 from fluxcompile.training.examples import Example
 from fluxcompile.training.noise import gumbel_noise
-from fluxcompile.training.route_search import Routes, Sample
+from fluxcompile.training.route_search import Routes, Sample, one_in
 from fluxcompile.training.safeguard import Safeguard
-from fluxcompile.training.start import GREEDY, imitate, one_in, start_routes
+from fluxcompile.training.start import GREEDY, imitate, start_routes
 from fluxcompile.training.trainee import Trainee
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from fluxcompile.training.route_search import cheapest, exchanged, greedy_order, search_routes
+from fluxcompile.training.route_search import (
+    cheapest,
+    exchanged,
+    greedy_order,
+    one_in,
+    search_routes,
+)
 
 
 def test_a_lazy_search_finds_what_trying_all_would():
@@ -44,11 +50,11 @@ def test_exchanges_find_what_greedy_search_cannot_take_back():
 
     greedy = search_routes(cost, layers, 3)
     assert greedy == (0, 0, 0, 1, 1, 1)
-    found = exchanged(samples_of(cost), greedy)
+    found = exchanged(single_sample(cost), greedy)
     assert found == (1, 0, 0, 0, 1, 1)
     assert found == min((r for r in product((0, 1), repeat=layers) if sum(r) == 3), key=cost)
     tried.clear()
-    assert exchanged(samples_of(cost), found) == found
+    assert exchanged(single_sample(cost), found) == found
     assert len(tried) <= layers + 3
 
 
@@ -91,10 +97,18 @@ def test_one_candidate_is_not_run():
     assert cheapest([(0, 1)], [pytest.fail, pytest.fail]) == (0, 1)
 
 
+def test_few_examples_are_not_divided():
+    assert one_in(576) == (12, 6, 3, 1)
+    assert one_in(384) == (8, 4, 2, 1)
+    assert one_in(96) == (2, 1)
+    assert one_in(95) == (1,)
+    assert one_in(16) == (1,)
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def samples_of(cost):
+def single_sample(cost):
     """A single one, of a single example."""
     return [lambda routes: torch.tensor([cost(routes)], dtype=torch.float64)]

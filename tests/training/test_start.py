@@ -14,12 +14,12 @@ from fluxcompile.training.examples import prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
 from fluxcompile.training.route_cost import ALL, route_samples
-from fluxcompile.training.start import GREEDY, check_start, one_in, start_routes
+from fluxcompile.training.start import GREEDY, check_start, start_routes
 from fluxcompile.training.tasks import BUILT_IN
 from fluxcompile.training.trainee import Trainee
 from tests.parity.models import forced_router
 from tests.training.eager_mixture import Mixture, eager_mixture
-from tests.training.test_route_search import samples_of
+from tests.training.test_route_search import single_sample
 from tests.training.tiny import CONFIG, QUICK, routes_on, tiny_data, tiny_model
 
 READING = replace(CONFIG, prefix_size=0, suffix_size=32, standardize=True)
@@ -115,7 +115,7 @@ def test_search_makes_the_cheapest_layers_sparse():
             price for price, full in zip(prices[task], routes, strict=True) if not full
         )
 
-    samples = {task: samples_of(cost_of(task)) * 2 for task in prices}
+    samples = {task: single_sample(cost_of(task)) * 2 for task in prices}
     found = start_routes(GREEDY, {"retrieval": 0.5, "holistic": 0.75}, 4, samples)
     assert found == {"retrieval": (1, 0, 0, 1), "holistic": (0, 1, 0, 0)}
 
@@ -126,16 +126,8 @@ def test_search_believes_many_examples_more_than_a_few():
     def cost_of(prices):
         return lambda routes: sum(p * (1 - full) for p, full in zip(prices, routes, strict=True))
 
-    samples = {"retrieval": [*samples_of(cost_of(few)), *samples_of(cost_of(many))]}
+    samples = {"retrieval": [*single_sample(cost_of(few)), *single_sample(cost_of(many))]}
     assert start_routes(GREEDY, {"retrieval": 0.5}, 4, samples) == {"retrieval": (0, 1, 1, 0)}
-
-
-def test_few_examples_are_not_divided():
-    assert one_in(576) == (12, 6, 3, 1)
-    assert one_in(384) == (8, 4, 2, 1)
-    assert one_in(96) == (2, 1)
-    assert one_in(95) == (1,)
-    assert one_in(16) == (1,)
 
 
 @pytest.mark.parametrize(
