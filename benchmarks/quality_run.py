@@ -108,6 +108,13 @@ class Bench:
 
     def _searches(self, distinct: Sequence[FluxConfig], routed: bool) -> list[Job]:
         """As deep as any router could ask for."""
+        for config in distinct:
+            if left_out := set(self._args.methods) - set(self._methods(config)):
+                print(
+                    f"no patterns of {sparse_mode(config)} by {sorted(left_out)}: a search wants "
+                    "attention that can be trained, which has one compile for every pattern, and "
+                    "prompts of its kind"
+                )
         asked = [count for count in self._args.sparse_layers if 0 < count < self._layers]
         depth = self._layers - 1 if routed else max(asked, default=0)
         jobs: list[Job] = []
@@ -196,15 +203,9 @@ class Bench:
         searches: Sequence[Job],
         exchanges: Exchanges,
     ) -> dict[str, Routes]:
-        methods = self._methods(config)
-        if left_out := set(self._args.methods) - set(methods):
-            print(
-                f"no patterns of {sparse_mode(config)} by {sorted(left_out)}: a search wants "
-                "attention that can be trained, which has one compile for every pattern, and "
-                "prompts of its kind"
-            )
         found = counterparts(
-            self._layers, _alike(routers, config), methods, self._orders(config, searches),
+            self._layers, _alike(routers, config), self._methods(config),
+            self._orders(config, searches),
             {key: self._of(job).order for key, job in exchanges.items()},
             also=self._args.sparse_layers, seed=self._args.seed,
         )  # fmt: skip
