@@ -16,6 +16,7 @@ What follows is scored as greedy generation would say it:
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -175,6 +176,11 @@ class AsUser:
         say_that_it_grows(cache)
         return [self._call(ids[:, :-1], mask, places, cache)]
 
+    @functools.cached_property
+    def _cache_argument(self) -> str:
+        """Looked up once: a target that is decoded alone is a call of its own."""
+        return cache_argument(self.model)
+
     def _call(
         self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
@@ -182,7 +188,7 @@ class AsUser:
         several = () if ids.shape[1] == 1 else (ids, places)
         for tensor in (mask, *several):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        taken = {cache_argument(self.model): cache}
+        taken = {self._cache_argument: cache}
         output = self.run(ids, attention_mask=mask, position_ids=places, use_cache=True, **taken)
         return self.language_model.states(output)
 
