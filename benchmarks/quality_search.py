@@ -1,4 +1,4 @@
-"""Orders of layers, from the first to be made sparse to the last, found on training prompts."""
+"""Layers to make sparse, found on training prompts: in what order, and which of a given number."""
 
 import argparse
 import functools

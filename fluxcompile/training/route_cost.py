@@ -23,7 +23,7 @@ def route_samples(
     run: Callable[..., Any],
     batches: Iterable[Mapping[str, torch.Tensor]],
     logits_chunk: int,
-    one_in: Sequence[int] = ALL,
+    parts: Sequence[int] = ALL,
 ) -> list[Sample]:
     """How far each row's targets are from certain, as functions of routes.
 
@@ -38,7 +38,7 @@ def route_samples(
         batches: each with ``input_ids``, ``attention_mask`` and ``labels``, ``[B, S]``, and maybe
             ``prompt_length`` ``[B]``.
         logits_chunk: target tokens whose logits exist at one time.
-        one_in: for each function, the share of the batches that it runs: 4 for every fourth.
+        parts: for each function, which of the batches it runs, one in so many.
     """
     device = next(router.parameters()).device
     prepared = []
@@ -56,4 +56,4 @@ def route_samples(
             losses = language_model.losses(run, ids, mask, targets, logits_chunk)
         return shortfall(row_means(losses.cross_entropy, targets.rows, len(ids)).double())
 
-    return samples_of(shortfalls, len(prepared), one_in)
+    return samples_of(shortfalls, len(prepared), parts)

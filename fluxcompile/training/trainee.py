@@ -84,10 +84,10 @@ class Trainee(RoutedModule):
         return {layer: torch.cat(features) for layer, features in found.items()}
 
     def fixed(
-        self, batches: Iterable[Mapping[str, torch.Tensor]], one_in: Sequence[int]
+        self, batches: Iterable[Mapping[str, torch.Tensor]], parts: Sequence[int]
     ) -> list[Sample]:
         """:func:`route_samples` on ``batches``, through the graph that trains."""
-        return route_samples(self.router, *self._language_model, batches, self.logits_chunk, one_in)
+        return route_samples(self.router, *self._language_model, batches, self.logits_chunk, parts)
 
     def forward(
         self,
