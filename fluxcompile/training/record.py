@@ -31,7 +31,11 @@ _ARGUMENTS = (
     "distillation",
     "certainty",
     "max_length",
+    "full_bias",
+    "calibration_rows",
     "start",
+    "search_rows",
+    "start_rows",
     "seed",
 )
 _REPORTED = ("lm_loss", "sparsity", "routed_sparsity", "lambda1", "lambda2")
