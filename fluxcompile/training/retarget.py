@@ -18,7 +18,14 @@ from fluxcompile.training.chunked_loss import LOGITS_CHUNK
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import check_served
 from fluxcompile.training.route_cost import route_samples
-from fluxcompile.training.route_search import Cost, Routes, mean_of, search_routes
+from fluxcompile.training.route_search import (
+    Routes,
+    Sample,
+    after_greedy,
+    mean_of,
+    one_in,
+    search_routes,
+)
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.thresholds import separating_thresholds
 from fluxcompile.training.train import collator_for
@@ -50,18 +57,19 @@ def retarget_router(
 
     For each task the layers to be full are searched: from those that the router makes full for at
     least a tenth of the task's prompts, again and again the one is made sparse that costs the
-    targets least of their probability, until the wanted number is left. Then every layer gets a
-    threshold of its own, the same for all prompts, that tells the tasks apart as well as its router
-    can. How sure a router is does not say what a layer is worth: where
-    :meth:`FluxRouter.biased` moves all layers and tasks together by the one, this asks for the
-    other.
+    targets least of their probability, until the wanted number is left; then single ones are
+    exchanged as long as that costs less. Then every layer gets a threshold of its own, the same for
+    all prompts, that tells the tasks apart as well as its router can. How sure a router is does not
+    say what a layer is worth: where :meth:`FluxRouter.biased` moves all layers and tasks together
+    by the one, this asks for the other.
 
     Args:
         model: a causal language model, not compiled; unchanged afterwards.
         router: trained for ``model``, with a sparse mode that can be trained; unchanged.
         data: as :func:`fluxcompile.train_router` takes it, some tens of examples of each task. They
             are run for every layer that the search tries: at most ``k²/2`` times, with ``k``
-            layers that the router considers.
+            layers that the router considers, and ``k`` times for every exchange. Of 96 or more,
+            most tries have a part.
         tasks: name → share of layers to be sparse, as there; here it is of the hard routes, rounded
             to whole layers.
         tokenizer: for data that is text.
@@ -107,13 +115,15 @@ def retarget_router(
             margins, of_task, routed = _read(moved, every, run)
             full = torch.zeros(len(known), len(routed), dtype=torch.bool)
             for i_task, (name, task) in enumerate(known.items()):
-                (sample,) = route_samples(moved, language_model, run, batches[name], LOGITS_CHUNK)
-                shares = (margins[of_task == i_task] > 0).double().mean(dim=0)
+                mine = of_task == i_task
+                samples = route_samples(
+                    moved, language_model, run, batches[name], LOGITS_CHUNK, one_in(int(mine.sum()))
+                )
+                shares = (margins[mine] > 0).double().mean(dim=0)
                 count = round((1 - task.target) * len(routed))
                 stay = worth_most(
-                    mean_of(sample), len(router.layers), routed, shares, count,
-                    _teller(name, report),
-                )  # fmt: skip
+                    samples, len(router.layers), routed, shares, count, _teller(name, report)
+                )
                 report(f"{name}: layers {stay} stay full")
                 full[i_task] = torch.tensor([layer in stay for layer in routed])
             for _ in range(ROUNDS):
@@ -129,7 +139,7 @@ def _teller(task: str, report: Callable[[str], None]) -> Callable[[int], None]:
 
 
 def worth_most(
-    cost: Cost,
+    samples: Sequence[Sample],
     layers: int,
     routed: Sequence[int],
     shares: Tensor,
@@ -139,25 +149,29 @@ def worth_most(
     """The ``count`` layers to keep full for a task.
 
     Args:
-        cost: of routes of all ``layers`` layers, on the task.
+        samples: of what routes of all ``layers`` layers cost, on ever more of the task's prompts.
         routed: the layers to choose from.
         shares: of the task's prompts, for how many each of these is full.
-        found: takes each layer that the search makes sparse.
+        found: takes each layer that the greedy search makes sparse, before any are exchanged.
     """
     considered = shares >= CONSIDERED
     if int(considered.sum()) < count:
         considered[:] = True
+    choice = [layer for layer, wanted in zip(routed, considered.tolist(), strict=True) if wanted]
+    others = set(routed) - set(choice)  # sparse in any case
 
-    def cost_of_routed(routes: Routes) -> float:
-        whole = [1] * layers
-        for layer, route in zip(routed, routes, strict=True):
-            whole[layer] = route
-        return cost(tuple(whole))
+    def of_choice(sample: Sample) -> Sample:
+        def on(routes: Routes) -> Tensor:
+            chosen = dict(zip(choice, routes, strict=True))
+            return sample(tuple(chosen.get(i, int(i not in others)) for i in range(layers)))
 
-    others = (~considered).nonzero().flatten().tolist()
-    search = {"sparse": others, "found": lambda i: found(routed[i]), "lazy": True}
-    routes = search_routes(cost_of_routed, len(routed), len(routed) - count, **search)
-    return [layer for layer, route in zip(routed, routes, strict=True) if route]
+        return on
+
+    narrowed = [of_choice(sample) for sample in samples]
+    tell = {"found": lambda i: found(choice[i]), "lazy": True}
+    greedy = search_routes(mean_of(narrowed[0]), len(choice), len(choice) - count, **tell)
+    stay = after_greedy(narrowed, greedy)
+    return [layer for layer, route in zip(choice, stay, strict=True) if route]
 
 
 @torch.no_grad()

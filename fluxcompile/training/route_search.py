@@ -34,7 +34,6 @@ def greedy_order(
     cost: Cost,
     layers: int,
     sparse_layers: int,
-    sparse: Sequence[int] = (),
     found: Callable[[int], None] | None = None,
     lazy: bool = False,
 ) -> list[int]:
@@ -46,15 +45,14 @@ def greedy_order(
         cost: of a pattern.
         layers: how many there are.
         sparse_layers: how many to choose.
-        sparse: layers that are sparse to begin with, at most as many; the first of the order.
         found: takes each further layer as soon as it is found.
         lazy: Minoux's search (1978), several times as fast: a layer is tried again only where what
             it added to the cost when it was last tried is less than the best adds now. It finds
             what trying all finds, if no layer adds the less the more others are sparse.
     """
-    order = list(sparse)
-    added = {layer: -math.inf for layer in range(layers) if layer not in order}  # when last tried
-    before = cost(with_sparse(order, layers)) if lazy and len(order) < sparse_layers else 0.0
+    order: list[int] = []
+    added = dict.fromkeys(range(layers), -math.inf)  # when last tried
+    before = cost(with_sparse(order, layers)) if lazy and sparse_layers else 0.0
     while len(order) < sparse_layers:
         costs: dict[int, float] = {}
         for layer in sorted(added, key=added.__getitem__) if lazy else added:

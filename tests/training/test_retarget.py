@@ -59,31 +59,52 @@ def test_layers_that_are_sure_stay_as_sure():
     assert thresholds.tolist() == [0, 0, 2]
 
 
-def cost_of_sparse(worth):
-    """A cost of routes: what their sparse layers are worth, together."""
-    return lambda routes: sum(
-        value for value, route in zip(worth, routes, strict=True) if not route
-    )
+def samples_of_sparse(worth):
+    """Of a cost of routes: what their sparse layers are worth, together."""
+
+    def cost(routes):
+        sparse = (value for value, route in zip(worth, routes, strict=True) if not route)
+        return torch.tensor([sum(sparse)], dtype=torch.float64)
+
+    return [cost]
 
 
 def test_layers_kept_full_are_those_that_cost_most_without():
     """Of those considered: layer 4 is worth most, but hardly any prompt makes it full."""
-    cost = cost_of_sparse([3, 1, 2, 5, 9])
+    samples = samples_of_sparse([3, 1, 2, 5, 9])
     shares = torch.tensor([1.0, 1.0, 0.5, 0.05])
     found = []
-    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 2, found.append) == [0, 2]
+    assert worth_most(samples, 5, [0, 1, 2, 4], shares, 2, found.append) == [0, 2]
     assert found == [1]
-    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 4) == [0, 1, 2, 4]
-    assert worth_most(cost, 5, [0, 1, 2, 4], shares, 0) == []
+    assert worth_most(samples, 5, [0, 1, 2, 4], shares, 4) == [0, 1, 2, 4]
+    assert worth_most(samples, 5, [0, 1, 2, 4], shares, 0) == []
     # None is considered: all are.
-    assert worth_most(cost, 5, [0, 1, 2, 4], torch.zeros(4), 2) == [0, 4]
+    assert worth_most(samples, 5, [0, 1, 2, 4], torch.zeros(4), 2) == [0, 4]
+
+
+def test_a_layer_kept_full_is_exchanged_where_that_costs_less():
+    """Layer 1 is the cheapest alone, and adds to what others cost, but not on the first sample."""
+    alone = {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 5: 9.0}
+
+    def costs(routes, together):
+        assert (routes[0], routes[6]) == (1, 0)  # not routed; not considered
+        sparse = [layer for layer in alone if not routes[layer]]
+        cost = sum(alone[layer] for layer in sparse) + together * (1 in sparse) * len(sparse[1:])
+        return torch.tensor([cost], dtype=torch.float64)
+
+    samples = [lambda routes: costs(routes, 0.0), lambda routes: costs(routes, 0.4)]
+    shares = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    found = []
+    assert worth_most(samples, 7, [1, 2, 3, 4, 5, 6], shares, 2, found.append) == [1, 5]
+    assert found == [1, 2, 3]
+    assert worth_most(samples[:1], 7, [1, 2, 3, 4, 5, 6], shares, 2) == [4, 5]
 
 
 def test_layers_considered_by_themselves_cost_nothing_to_find():
     def cost(routes):
         raise AssertionError("nothing is left to choose")
 
-    assert worth_most(cost, 3, [0, 1, 2], torch.tensor([1.0, 0.0, 0.2]), 2) == [0, 2]
+    assert worth_most([cost], 3, [0, 1, 2], torch.tensor([1.0, 0.0, 0.2]), 2) == [0, 2]
 
 
 @pytest.fixture(scope="module")
