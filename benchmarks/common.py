@@ -10,7 +10,6 @@ import re
 import statistics
 import subprocess
 import time
-import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -191,11 +190,6 @@ def forget_compiled(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def forgive_older_names() -> None:
-    """Newer versions of transformers warn of names that the oldest supported one wants."""
-    warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
 
 
 def print_table(title: str, rows: list[dict[str, str]]) -> None:

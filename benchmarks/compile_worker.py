@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 import fluxcompile
-from common import forgive_older_names, synchronise
+from common import synchronise
+from fluxcompile.cache_argument import cache_argument
 from models import SHAPES, load_model
 from record import dtype_on
 from routing import router_for, spread_dense
@@ -48,7 +49,6 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--lowering", required=True)
     args = parser.parse_args()
-    forgive_older_names()
     started = time.perf_counter()
     model, _ = load_model(args.shape, args.layers, args.device, dtype_on(args.device))
     generator = torch.Generator().manual_seed(0)
@@ -111,10 +111,11 @@ def generate(
         if static
         else DynamicCache(config=model.config)
     )
+    cached = {cache_argument(model): cache}
     times, tokens = [], []
     for _ in range(args.new):
         started = time.perf_counter()
-        output = call(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = call(input_ids=ids, use_cache=True, logits_to_keep=1, **cached)
         ids = output.logits[:, -1:].argmax(-1)
         tokens.append(int(ids))
         times.append(time.perf_counter() - started)

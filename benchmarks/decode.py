@@ -34,7 +34,6 @@ from common import (
     PeakMemory,
     copy_ceiling,
     forget_compiled,
-    forgive_older_names,
     print_table,
     synchronise,
 )
@@ -76,7 +75,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    forgive_older_names()
     dtype = dtype_on(args.device)
     rate = copy_ceiling(args.device)
     model, about = load_model(args.shape, args.layers, args.device, dtype)
@@ -178,7 +176,7 @@ class Decode:
         runner = self.runner(contender, full)
         try:
             fill(runner.cache, self.filling)
-            stepper = Stepper(runner.compiled(), runner.cache, self.tokens[-1][:, None])
+            stepper = Stepper(runner.compiled(), runner.cached, self.tokens[-1][:, None])
             started = time.perf_counter()
             got = [stepper.logits(self.tokens[0][:, None])]
             synchronise(device)

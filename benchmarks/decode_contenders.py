@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch._inductor import list_mode_options
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 import fluxcompile
 from caches import new_cache
 from fluxcompile import FluxConfig
+from fluxcompile.cache_argument import cache_argument
 from router_cost import untuned
 from routing import check_routes, router_for, rows_alike, rows_mixed
 
@@ -109,16 +111,21 @@ class Runner:
         """
         lays_rings = self.contender.cache.startswith("flux")
         if not lays_rings:
-            self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True)
+            self.model(input_ids=prompt, use_cache=True, **self.cached)
         if not (lays_rings or self.routed):
             return
         if not lays_rings:
             self.cache.reset()
         # What lowers the prompt's graph is of no account to what it leaves; this is the cheapest.
         call = torch.compile(self.model, backend="flux", options=self._options("eager"))
-        call(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        call(input_ids=prompt, use_cache=True, logits_to_keep=1, **self.cached)
         if self.routed:
             check_routes(self.model, self.full)
+
+    @property
+    def cached(self) -> dict[str, Cache]:
+        """The cache, by the name of the argument that takes it."""
+        return {cache_argument(self.model): self.cache}
 
     def compiled(self) -> Callable:
         """What takes the steps."""

@@ -36,7 +36,7 @@ class Turns:
         if self.routes is None:
             raise WrongRoutes("the prompt left no routes with the cache")
         self.fixed, self.routed = (
-            Stepper(call, self.cache, token) for call in runner.fixed_and_routed()
+            Stepper(call, runner.cached, token) for call in runner.fixed_and_routed()
         )
 
     def check(self, tokens: torch.Tensor, expected: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from caches import Filling
 from fluxcompile import FluxConfig
+from fluxcompile.cache_argument import cache_argument
 
 
 @torch.no_grad()
@@ -38,12 +39,11 @@ def _row(
     for index in range(len(cache.layers)):
         held = (made[row : row + 1] for made in filling.layer(index))
         cache.update(*(kv if full[index] else _latest(kv, sink, past) for kv in held), index)
+    cached = {cache_argument(model): cache}
     logits = []
     for step, token in enumerate(tokens):
         place = torch.tensor([[filling.tokens + step]], device=model.device)
-        output = model(
-            input_ids=token[None, None], position_ids=place, past_key_values=cache, use_cache=True
-        )
+        output = model(input_ids=token[None, None], position_ids=place, use_cache=True, **cached)
         logits.append(output.logits[0, -1].float())
         for layer, reads_all in zip(cache.layers, full, strict=True):
             if not reads_all:

@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache
 
 import fluxcompile
 from caches import KINDS, SHORT, new_cache
-from common import PeakMemory, forget_compiled, forgive_older_names, print_table, seconds
+from common import PeakMemory, forget_compiled, print_table, seconds
+from fluxcompile.cache_argument import cache_argument
 from models import SHAPES, kv_token_bytes, load_model
 from record import Record, dtype_on, failure, parse_with_common
 from routing import spread_dense
@@ -72,7 +73,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    forgive_older_names()
     dtype = dtype_on(args.device)
     model, about = load_model(args.shape, args.layers, args.device, dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -154,9 +154,9 @@ class Memory:
         call(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(self.model): cache},
         )
         return cache
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 import fluxcompile
 from checking import WrongLogits
-from common import forgive_older_names, matmul_ceiling, print_table
+from common import matmul_ceiling, print_table
 from models import SHAPES, load_model
 from prefill_run import Prefill, peers
 from record import Record, dtype_on, failure, parse_with_common
@@ -64,7 +64,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    forgive_older_names()
     dtype = dtype_on(args.device)
     ceiling = matmul_ceiling(args.device, dtype)
     model, about = load_model(args.shape, args.layers, args.device, dtype)

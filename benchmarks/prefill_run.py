@@ -14,6 +14,7 @@ import fluxcompile
 from checking import checked_error
 from common import PeakMemory, forget_compiled, median_seconds, seconds, synchronise
 from fluxcompile.backend import last_compile_stats
+from fluxcompile.cache_argument import cache_argument
 from models import pairs_full, pairs_streaming, prefill_flops
 from router_cost import RouterCost, measured_cost, untuned
 from routing import check_routes, router_for, spread_dense
@@ -178,9 +179,9 @@ class Prefill:
             output = call(
                 input_ids=ids,
                 attention_mask=mask[:, :seen],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache_argument(self.model): cache},
             )
         return output.logits[0, -1].float()
 

@@ -19,21 +19,24 @@ class Stepper:
 
     Args:
         call: the model, compiled or not.
+        cache: by the name of the argument that takes it.
         token: int64 ``[B, 1]``, the first one.
     """
 
-    def __init__(self, call: Callable[..., Any], cache: Cache, token: torch.Tensor) -> None:
+    def __init__(
+        self, call: Callable[..., Any], cache: dict[str, Cache], token: torch.Tensor
+    ) -> None:
         self.call, self.cache, self.token = call, cache, token.clone()
 
     def logits(self, token: torch.Tensor) -> torch.Tensor:
         """fp32 ``[B, V]`` after ``token`` ``[B, 1]``."""
         torch.compiler.cudagraph_mark_step_begin()
-        output = self.call(input_ids=token, past_key_values=self.cache, use_cache=True)
+        output = self.call(input_ids=token, use_cache=True, **self.cache)
         return output.logits[:, -1].float()
 
     def step(self) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        output = self.call(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        output = self.call(input_ids=self.token, use_cache=True, **self.cache)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
 
     def seconds(self, steps: int, device: str) -> list[float]:
