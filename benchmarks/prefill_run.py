@@ -172,6 +172,7 @@ class Prefill:
     def last_logits(self, call: Callable, chunk: int = 0) -> torch.Tensor:
         """Logits [vocabulary] in fp32 of the prompt's last token, with a new cache."""
         cache = DynamicCache(config=self.model.config)
+        cached = {cache_argument(self.model): cache}
         mask = torch.ones_like(self.input_ids)
         seen = 0
         for ids in self.input_ids.split(chunk or self.length, dim=1):
@@ -181,7 +182,7 @@ class Prefill:
                 attention_mask=mask[:, :seen],
                 use_cache=True,
                 logits_to_keep=1,
-                **{cache_argument(self.model): cache},
+                **cached,
             )
         return output.logits[0, -1].float()
 

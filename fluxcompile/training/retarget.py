@@ -18,14 +18,7 @@ from fluxcompile.training.chunked_loss import LOGITS_CHUNK
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.patterns import check_served
 from fluxcompile.training.route_cost import route_samples
-from fluxcompile.training.route_search import (
-    Routes,
-    Sample,
-    after_greedy,
-    mean_of,
-    one_in,
-    search_routes,
-)
+from fluxcompile.training.route_search import Routes, Sample, one_in, searched
 from fluxcompile.training.tasks import resolve_tasks
 from fluxcompile.training.thresholds import separating_thresholds
 from fluxcompile.training.train import collator_for
@@ -168,9 +161,8 @@ def worth_most(
         return on
 
     narrowed = [of_choice(sample) for sample in samples]
-    tell = {"found": lambda i: found(choice[i]), "lazy": True}
-    greedy = search_routes(mean_of(narrowed[0]), len(choice), len(choice) - count, **tell)
-    stay = after_greedy(narrowed, greedy)
+    sparse = len(choice) - count
+    _, stay = searched(narrowed, len(choice), sparse, found=lambda i: found(choice[i]))
     return [layer for layer, route in zip(choice, stay, strict=True) if route]
 
 

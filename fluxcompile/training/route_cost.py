@@ -13,8 +13,6 @@ from fluxcompile.training.objective import row_means, shortfall
 from fluxcompile.training.patterns import pinning_noise
 from fluxcompile.training.route_search import Routes, Sample, samples_of
 
-ALL = (1,)
-
 
 @torch.no_grad()
 def route_samples(
@@ -23,7 +21,7 @@ def route_samples(
     run: Callable[..., Any],
     batches: Iterable[Mapping[str, torch.Tensor]],
     logits_chunk: int,
-    parts: Sequence[int] = ALL,
+    parts: Sequence[int],
 ) -> list[Sample]:
     """How far each row's targets are from certain, as functions of routes.
 

@@ -69,6 +69,23 @@ def greedy_order(
     return order
 
 
+def searched(
+    samples: Sequence[Sample],
+    layers: int,
+    sparse_layers: int,
+    found: Callable[[int], None] | None = None,
+) -> tuple[Routes, Routes]:
+    """What greedy search finds on the first of ``samples``, and exchanges after it on the others.
+
+    Args:
+        samples: of what a pattern costs, ever larger ones.
+        layers, sparse_layers: as :func:`greedy_order` takes them.
+        found: takes each layer that greedy search makes sparse.
+    """
+    greedy = search_routes(mean_of(samples[0]), layers, sparse_layers, found=found, lazy=True)
+    return greedy, after_greedy(samples, greedy)
+
+
 def after_greedy(samples: Sequence[Sample], routes: Routes) -> Routes:
     """:func:`exchanged` of what greedy search found on the first of ``samples``, on the others."""
     return exchanged(samples[1:] or samples, routes)

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from fluxcompile.errors import ConfigError
 from fluxcompile.layer_router import standardized
 from fluxcompile.router import FluxRouter
-from fluxcompile.training.route_search import Routes, Sample, after_greedy, mean_of, search_routes
+from fluxcompile.training.route_search import Routes, Sample, mean_of, searched
 
 GREEDY = "greedy"
 _LOGIT = 3.0  # what an imitated route is taught as: sure, but training can still change it
@@ -72,8 +72,7 @@ def start_routes(
 
 
 def _searched(task: str, samples: Sequence[Sample], layers: int, target: float) -> Routes:
-    greedy = search_routes(mean_of(samples[0]), layers, round(target * layers), lazy=True)
-    found = after_greedy(samples, greedy)
+    greedy, found = searched(samples, layers, round(target * layers))
     for name, routes in (("greedy", greedy), ("exchanged", found)):
         words = ",".join(map(str, routes)), mean_of(samples[-1])(routes)
         logger.info("start routes of %s, %s: %s, cost %.5f", task, name, *words)

@@ -13,7 +13,7 @@ from fluxcompile.training.batching import collate
 from fluxcompile.training.examples import prepare
 from fluxcompile.training.language_model import LanguageModel
 from fluxcompile.training.multipliers import Multipliers
-from fluxcompile.training.route_cost import ALL, route_samples
+from fluxcompile.training.route_cost import route_samples
 from fluxcompile.training.start import GREEDY, check_start, start_routes
 from fluxcompile.training.tasks import BUILT_IN
 from fluxcompile.training.trainee import Trainee
@@ -75,9 +75,9 @@ def test_search_knows_where_prompts_end():
             model, router, Multipliers([0.5, 1.0], 0.0), language_model=language_model,
             run=compiled(language_model.body, router, lowering="eager"), logits_chunk=64,
         )  # fmt: skip
-        (sample,) = trainee.fixed([batch], ALL)
+        (sample,) = trainee.fixed([batch], parts=(1,))
         found = float(sample((0, 0)).mean())
-        (sample,) = trainee.fixed([batch | {"prompt_length": mask.sum(1)}], ALL)
+        (sample,) = trainee.fixed([batch | {"prompt_length": mask.sum(1)}], parts=(1,))
         whole = float(sample((0, 0)).mean())
     assert 1 - found == pytest.approx(float(1 - expected), rel=1e-4)
     assert 1 - found != pytest.approx(1 - whole, rel=1e-3)
@@ -101,7 +101,7 @@ def test_a_batch_is_run_once_for_routes_and_is_part_of_every_sample():
             sample((0, 1)).tolist() for sample in of(counted, batches, 64, (4, 2, 1))
         )
         assert len(ran) == 5
-        alone = [of(run, [batch], 64)[0]((0, 1)).item() for batch in batches]
+        alone = [of(run, [batch], 64, (1,))[0]((0, 1)).item() for batch in batches]
     assert every == pytest.approx(alone)
     assert (some, few) == (every[::2], every[::4])
     assert len(set(every)) == 5
