@@ -171,6 +171,20 @@ def values_of(problem, channels, b_weights, n_read, b_out, use_acc=True):
 
 
 @gluon.jit
+def values_done(problem, channels, n_read, values, b_read):
+    """The output with the values of block ``n_read``, whose place is given back.
+
+    Their barrier has been waited for before. Once more ends a basic block: within one, ptxas moves
+    the wait for the tensor cores before all that is to be computed beside them.
+    """
+    i_stage = n_read % problem.STAGES
+    mbarrier.wait(channels.v_ready.index(i_stage), (n_read // problem.STAGES) & 1)
+    b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
+    mbarrier.arrive(channels.v_free.index(i_stage), count=1)
+    return b_out
+
+
+@gluon.jit
 def inverse(b_sum):
     """One over the sum of the weights; a query without keys gets 0 in any case."""
     return 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
@@ -212,8 +226,7 @@ def _step(
     if MASKED:
         b_scores = problem.mask(b_scores, tile, i, i_key, o_position)
     b_weights, b_decay, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
-    b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
-    mbarrier.arrive(channels.v_free.index((n_read - 1) % problem.STAGES), count=1)
+    b_out = values_done(problem, channels, n_read - 1, values, b_read)
     rows: gl.constexpr = gl.SliceLayout(1, b_out.type.layout)
     b_out = b_out * gl.convert_layout(b_decay, rows)[:, None]
     return b_weights, b_max, b_sum, b_out

@@ -1,5 +1,6 @@
 """The warp-specialised Hopper kernel: it compiles without a GPU, and is right on one."""
 
+import re
 from functools import partial
 
 import pytest
@@ -92,6 +93,25 @@ def test_block_sparse_compiles_for_hopper(head_dim, everything, rows):
     else:
         stages = {"STAGES": short.STAGES}
         check_binary(compiled(short.attention_kernel, head_dim, everything, **stages, **sizes))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["attention", "short", "long"])
+def test_weights_are_computed_beside_the_last_values(head_dim, kernel):
+    sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32}
+    if kernel == "attention":
+        flags = {"SPARSE": False, "CHUNK": hopper.CHUNK, "AHEAD": False}
+        blocks = {"BLOCK_M": hopper.BLOCK_M, "BLOCK_N": 128}
+        binary = compiled(hopper.attention_kernel, head_dim, False, **flags, **blocks)
+    elif kernel == "short":
+        binary = compiled(short.attention_kernel, head_dim, False, STAGES=short.STAGES, **sizes)
+    else:
+        binary = compiled(long.attention_kernel, head_dim, False, CHUNK=8, AHEAD=True, **sizes)
+    # A step's scores are there behind the first wait, its values behind the second.
+    steps = re.findall(r"DEPBAR.LE gsb0, 0x1(.*?)DEPBAR.LE gsb0, 0x0", binary.asm["sass"], re.S)
+    assert steps
+    for step in steps:
+        assert step.count("MUFU.EX2") >= block_sparse.BLOCK // 2  # a thread has so many weights
 
 
 @pytest.mark.parametrize(("keys", "kernel", "extra"), [
