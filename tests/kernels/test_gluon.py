@@ -53,20 +53,17 @@ def test_any_order(kernels, head_dim, ahead, seed):
         check(kernels, case, torch.bfloat16, seed, ahead=ahead)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_dense_last_queries(kernels, head_dim):
+@NARROW_AND_WIDE
+@pytest.mark.parametrize("case", filter(served, sparse_cases.named("triangle")), ids=cases.name)
+def test_dense_last_queries(kernels, case, head_dim):
     """Of a triangle: streaming, but for the last queries of each row's valid keys."""
-    for situation in sparse_cases.named("triangle", "300", "mixed-left", "mixed-right"):
-        case = replace(situation, head_dim=head_dim, kv_heads=1, heads=2)
-        x = sparse_cases.prefill(case, torch.float16)
-        bounds = None if x.bounds is None or x.flags[ALL_VALID] else x.bounds
-        if not served(case):
-            continue
-        options = {"sink": case.sink, "local": case.local, "last": case.last, "window": 0}
-        out = kernels["streaming.hopper"].attention(
-            x.q, x.k, x.v, bounds, x.q_start, x.route, scale=x.scale, **options
-        )
-        cases.assert_within_bound(x, out)
+    x = sparse_cases.prefill(replace(case, head_dim=head_dim), torch.float16)
+    bounds = None if x.flags is None or x.flags[ALL_VALID] else x.bounds
+    options = {"sink": case.sink, "local": case.local, "last": case.last, "window": case.window}
+    out = kernels["streaming.hopper"].attention(
+        x.q, x.k, x.v, bounds, x.q_start, x.route, scale=x.scale, **options
+    )
+    cases.assert_within_bound(x, out)
 
 
 def lists_of(q, k, block_mask, bounds, q_start, route, *, block, window):
@@ -96,7 +93,7 @@ def lists_of(q, k, block_mask, bounds, q_start, route, *, block, window):
 
 
 SPARSE = tuple(
-    replace(case, block=128, queries=case.queries, keys=case.keys)
+    replace(case, block=128)
     for case in sparse_cases.named("block_sparse")
     + sparse_cases.named("block_sparse", "1000", "mixed-1000")
     if served(case)
