@@ -12,8 +12,9 @@ from fluxcompile.kernels.masks.flags import ALL_VALID
 from . import cases, gluon_on_cpu, sparse_cases
 from .test_hopper import SERVED, served
 
+STREAMING = tuple(f"streaming.{name}" for name in ("hopper_tiles", "hopper"))
 _NAMES = (
-    *(f"streaming.{name}" for name in ("hopper_tiles", "hopper")),
+    *STREAMING,
     *(f"block_sparse.{name}" for name in ("flow", "long", "short", "hopper")),
 )
 NARROW_AND_WIDE = pytest.mark.parametrize("head_dim", [64, 128])
@@ -144,7 +145,7 @@ def test_what_waits_in_vain_is_found(kernels, monkeypatch):
     """A block's place that is never given back."""
     hopper = kernels["streaming.hopper"]
     monkeypatch.setattr(hopper.mbarrier, "arrive", lambda *_, **__: None)
-    with pytest.raises(gluon_on_cpu.Deadlock, match="program 0: 3 groups wait"):
+    with pytest.raises(gluon_on_cpu.Deadlock, match=r"program \(0,\): 3 groups wait"):
         check(kernels, cases.named("full-300"))
 
 

@@ -12,6 +12,7 @@ Programs run one after the other; layouts, registers and instructions are left t
 
 import importlib
 import inspect
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -42,10 +43,10 @@ class Function:
     def __get__(self, instance, owner):
         return self if instance is None else MethodType(self.function, instance)
 
-    def __getitem__(self, grid: tuple[int]) -> Callable:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def launch(*args, num_warps: int = 4, maxnreg: int | None = None, **constants) -> None:
-            for index in range(grid[0]):
-                start(Program(index, grid[0], random.Random(_seed * 1_000_003 + index)))
+            for index in itertools.product(*map(range, grid)):
+                start(Program(index, grid, random.Random(f"{_seed} {index}")))
                 self.function(*map(_argument, args), **constants)
 
         return launch
@@ -67,8 +68,8 @@ def _stand_ins() -> dict[str, ModuleType]:
     """For the modules that our kernels import, by name."""
     language = SimpleNamespace(
         **LANGUAGE,
-        program_id=lambda axis: Int(now().index),
-        num_programs=lambda axis: Int(now().count),
+        program_id=lambda axis: Int(now().index[axis]),
+        num_programs=lambda axis: Int(now().grid[axis]),
         allocate_shared_memory=allocate,
         warp_specialize=_warp_specialize,
     )

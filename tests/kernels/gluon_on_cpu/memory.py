@@ -148,28 +148,28 @@ def _store_wait(pendings: int) -> None:
     stores[:] = [copy for copy in stores if not copy.done]
 
 
-def warpgroup_mma(a, b: Shared, acc: Block, use_acc=True, is_async: bool = False):
+def warpgroup_mma(a, b: Shared, acc, use_acc=True, is_async: bool = False):
     """``acc + a @ b`` in fp32, in time."""
 
     def compute() -> Block:
         left = a.memory if isinstance(a, Shared) else a
         out = left.float() @ b.memory.float()
-        return block(acc + out if use_acc else out)
+        before = acc.result if isinstance(acc, Product) else acc
+        return block(before + out if use_acc else out)
 
     product = Product(compute)
     now().group.products.append(product)
     return product if is_async else warpgroup_mma_wait(0, [product])
 
 
-def warpgroup_mma_wait(outstanding: int = 0, deps: list = ()):
-    """The results of ``deps``, with no more than so many products of this group outstanding."""
+def warpgroup_mma_wait(num_outstanding: int = 0, deps: list = ()):
+    """``deps`` with the results of all products but the last so many of this group's."""
     products = now().group.products
-    while len(products) > outstanding:
+    while len(products) > num_outstanding:
         oldest = products.pop(0)
         oldest.result = oldest.compute()
-    found = [x.result if isinstance(x, Product) else x for x in deps]
-    assert all(x is not None for x in found), "waited for fewer products than are used"
-    return found[0] if len(found) == 1 else tuple(found)
+    done = [x.result if isinstance(x, Product) and x.result is not None else x for x in deps]
+    return done[0] if len(done) == 1 else tuple(done)
 
 
 TMA = SimpleNamespace(async_load=_async_load, async_store=_async_store, store_wait=_store_wait)

@@ -44,8 +44,8 @@ class Copy:
 class Program:
     """The groups of one program, of which one runs at a time, and its copies on their way."""
 
-    def __init__(self, index: int, count: int, draw: random.Random) -> None:
-        self.index, self.count, self.draw = index, count, draw
+    def __init__(self, index: tuple[int, ...], grid: tuple[int, ...], draw: random.Random) -> None:
+        self.index, self.grid, self.draw = index, grid, draw
         self.copies: list[Copy] = []
         self.groups: list[Group] = []
         self.failure: BaseException | None = None
