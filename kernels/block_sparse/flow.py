@@ -52,7 +52,6 @@ from fluxcompile.kernels.streaming.hopper import (
     stage,
     tma_load,
     tma_store,
-    values_done,
     values_of,
 )
 
@@ -312,7 +311,8 @@ def _attend(half, problem, channels, notes, d_out):
             b_weights, b_max, b_sum, b_factor = _softmax(
                 problem, b_scores, b_max, b_sum, begins != 0
             )
-            b_out = values_done(problem, channels, n - 1, values, b_read)
+            b_out, _ = warpgroup_mma_wait(0, deps=[values, b_read])
+            mbarrier.arrive(channels.v_free.index((n - 1) % problem.STAGES), count=1)
             b_out = b_out * gl.convert_layout(b_factor, out_rows)[:, None]
             is_first = begins
             i_done_query = i_query

@@ -96,15 +96,13 @@ def test_block_sparse_compiles_for_hopper(head_dim, everything, rows):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["attention", "short", "long"])
+@pytest.mark.parametrize("kernel", ["attention", "long"])
 def test_weights_are_computed_beside_the_last_values(head_dim, kernel):
     sizes = {"BLOCK": block_sparse.BLOCK, "MASK_HEADS": 32}
     if kernel == "attention":
         flags = {"SPARSE": False, "CHUNK": hopper.CHUNK, "AHEAD": False}
         blocks = {"BLOCK_M": hopper.BLOCK_M, "BLOCK_N": 128}
         binary = compiled(hopper.attention_kernel, head_dim, False, **flags, **blocks)
-    elif kernel == "short":
-        binary = compiled(short.attention_kernel, head_dim, False, STAGES=short.STAGES, **sizes)
     else:
         binary = compiled(long.attention_kernel, head_dim, False, CHUNK=8, AHEAD=True, **sizes)
     # A step's scores are there behind the first wait, its values behind the second.
