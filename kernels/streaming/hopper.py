@@ -171,7 +171,7 @@ def values_of(problem, channels, b_weights, n_read, b_out, use_acc=True):
 
 
 @gluon.jit
-def values_done(problem, channels, n_read, values, b_read):
+def _values_done(problem, channels, n_read, values, b_read):
     """The output with the values of block ``n_read``, whose place is given back.
 
     Their barrier has been waited for before. Once more ends a basic block: within one, ptxas moves
@@ -226,7 +226,7 @@ def _step(
     if MASKED:
         b_scores = problem.mask(b_scores, tile, i, i_key, o_position)
     b_weights, b_decay, b_max, b_sum = _softmax(problem, b_scores, b_max, b_sum)
-    b_out = values_done(problem, channels, n_read - 1, values, b_read)
+    b_out = _values_done(problem, channels, n_read - 1, values, b_read)
     rows: gl.constexpr = gl.SliceLayout(1, b_out.type.layout)
     b_out = b_out * gl.convert_layout(b_decay, rows)[:, None]
     return b_weights, b_max, b_sum, b_out

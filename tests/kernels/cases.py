@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fluxcompile.kernels import ops
 from fluxcompile.kernels.decode import reference as decode_reference
+from fluxcompile.kernels.masks.flags import ALL_VALID
 from fluxcompile.kernels.streaming import reference as streaming_reference
 
 FLOOR = 16 * torch.finfo(torch.float32).eps  # absolute error that no dtype is blamed for
@@ -86,6 +87,11 @@ class Prefill:
     @property
     def scale(self) -> float:
         return self.case.head_dim**-0.5
+
+    @property
+    def needed_bounds(self) -> Tensor | None:
+        """What the Hopper kernels take as bounds: None where every key is valid."""
+        return None if self.flags is None or self.flags[ALL_VALID] else self.bounds
 
     def run(self) -> Tensor:
         """The operator on these operands."""

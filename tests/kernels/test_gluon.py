@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from fluxcompile.kernels.masks.flags import ALL_VALID
+from fluxcompile.kernels.block_sparse import reference
 
 from . import cases, gluon_on_cpu, sparse_cases
-from .test_hopper import SERVED, served
+from .test_hopper import SERVED, assert_right, served
 
 STREAMING = tuple(f"streaming.{name}" for name in ("hopper_tiles", "hopper"))
 _NAMES = (
@@ -29,14 +29,8 @@ def kernels():
 
 
 def check(kernels, case, dtype=torch.float16, seed=0, **options):
-    x = cases.prefill(case, dtype)
-    bounds = None if x.flags is None or x.flags[ALL_VALID] else x.bounds
-    options |= {"sink": case.sink, "local": case.local, "window": case.window, "scale": x.scale}
     with gluon_on_cpu.order(seed):
-        out = kernels["streaming.hopper"].attention(
-            x.q, x.k, x.v, bounds, x.q_start, x.route, **options
-        )
-    cases.assert_within_bound(x, out)
+        assert_right(kernels["streaming.hopper"], cases.prefill(case, dtype), **options)
 
 
 @NARROW_AND_WIDE
@@ -59,12 +53,7 @@ def test_any_order(kernels, head_dim, ahead, seed):
 def test_dense_last_queries(kernels, case, head_dim):
     """Of a triangle: streaming, but for the last queries of each row's valid keys."""
     x = sparse_cases.prefill(replace(case, head_dim=head_dim), torch.float16)
-    bounds = None if x.flags is None or x.flags[ALL_VALID] else x.bounds
-    options = {"sink": case.sink, "local": case.local, "last": case.last, "window": case.window}
-    out = kernels["streaming.hopper"].attention(
-        x.q, x.k, x.v, bounds, x.q_start, x.route, scale=x.scale, **options
-    )
-    cases.assert_within_bound(x, out)
+    assert_right(kernels["streaming.hopper"], x, last=case.last)
 
 
 def lists_of(q, k, block_mask, bounds, q_start, route, *, block, window):
@@ -106,11 +95,10 @@ SPARSE = tuple(
 @pytest.mark.parametrize("case", SPARSE, ids=cases.name)
 def test_block_sparse_equals_definition(kernels, monkeypatch, case, rows, head_dim):
     x = sparse_cases.prefill(replace(case, head_dim=head_dim), torch.float16)
-    bounds = None if x.flags is None or x.flags[ALL_VALID] else x.bounds
     monkeypatch.setattr(kernels["block_sparse.hopper"], "block_lists", lists_of)
     out = kernels["block_sparse.hopper"].attention(
-        x.q, x.k, x.v, x.block_mask, bounds, x.q_start, x.route, window=case.window,
-        scale=x.scale, launch=kernels[f"block_sparse.{rows}"].launch,
+        x.q, x.k, x.v, x.block_mask, x.needed_bounds, x.q_start, x.route,
+        window=case.window, scale=x.scale, launch=kernels[f"block_sparse.{rows}"].launch,
     )  # fmt: skip
     cases.assert_within_bound(x, out)
 
@@ -123,11 +111,8 @@ def test_block_sparse_in_any_order(kernels, monkeypatch, head_dim, seed):
     q = torch.randn(1, 1000, 4, head_dim).half().transpose(1, 2)
     k, v = torch.randn(2, 1, 2, 1000, head_dim).half()
     mask = torch.rand(1, 4, 8, 8) < torch.linspace(0, 1, 8)[:, None]
-    seen = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :1000, :1000].tril()
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        q.float(), k.float(), v.float(), seen, enable_gqa=True
-    )
-    exact = torch.where(seen.any(-1, keepdim=True), exact, 0.0).transpose(1, 2)
+    options = {"scale": head_dim**-0.5, "window": 0}
+    exact = reference.attention(q, k, v, mask, block=128, **options)
     monkeypatch.setattr(kernels["block_sparse.hopper"], "block_lists", lists_of)
     for rows in ("short", "long"):
 
@@ -136,7 +121,7 @@ def test_block_sparse_in_any_order(kernels, monkeypatch, head_dim, seed):
 
         with gluon_on_cpu.order(seed):
             out = kernels["block_sparse.hopper"].attention(
-                q, k, v, mask, None, None, None, window=0, scale=head_dim**-0.5, launch=launch
+                q, k, v, mask, None, None, None, **options, launch=launch
             )
         torch.testing.assert_close(out.float(), exact, atol=5e-3, rtol=5e-3, msg=rows)
 
@@ -158,7 +143,7 @@ def test_what_is_overwritten_too_early_is_found(kernels, monkeypatch):
         gluon_on_cpu.pause()
         return hopper.warpgroup_mma_wait(0, deps=[values, b_read])[0]
 
-    monkeypatch.setattr(hopper, "values_done", hasty)
+    monkeypatch.setattr(hopper, "_values_done", hasty)
     case = cases.at(cases.named("full-1000"), head_dim=128, batch=1)
 
     def try_orders():

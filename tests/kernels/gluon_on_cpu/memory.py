@@ -28,12 +28,13 @@ class TensorDescriptor:
         elements = torch.Size(self.block_shape).numel()
         return SimpleNamespace(nbytes=elements * self.base.element_size())
 
-    def part(self, at: list[int], block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What lies in the base of the block at ``at``, of the base and of ``block``."""
-        sizes = [min(b, s - i) for b, s, i in zip(self.block_shape, self.shape, at, strict=True)]
-        inside = tuple(slice(i, i + max(n, 0)) for i, n in zip(at, sizes, strict=True))
+    def part(self, at: list[int], place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What lies in the base of the block at ``at``: there, and in the block's ``place``."""
         assert all(i >= 0 for i in at), at
-        return self.base[inside], block[tuple(slice(0, max(n, 0)) for n in sizes)]
+        reach = zip(self.block_shape, self.shape, at, strict=True)
+        sizes = [max(min(width, length - i), 0) for width, length, i in reach]
+        inside = tuple(slice(i, i + n) for i, n in zip(at, sizes, strict=True))
+        return self.base[inside], place[tuple(map(slice, sizes))]
 
 
 @dataclass
@@ -78,9 +79,6 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return self._view(self.memory.permute(order))
 
-    def slice(self, start: int, length: int, dim: int) -> "Shared":
-        return self._view(self.memory.narrow(dim, start, length))
-
     def load(self, layout: Layout) -> Block:
         return block(self.memory.clone())
 
@@ -118,8 +116,6 @@ def _expect(barrier: Shared, nbytes: int) -> None:
 
 
 def _async_load(descriptor: TensorDescriptor, at: list[int], barrier: Shared, to: Shared) -> None:
-    at = list(map(int, at))
-
     def run() -> None:
         source, target = descriptor.part(at, to.memory)
         to.memory.zero_()
@@ -131,11 +127,9 @@ def _async_load(descriptor: TensorDescriptor, at: list[int], barrier: Shared, to
 
 
 def _async_store(descriptor: TensorDescriptor, at: list[int], source: Shared) -> None:
-    at = list(map(int, at))
-
     def run() -> None:
-        target, block = descriptor.part(at, source.memory)
-        target.copy_(block)
+        target, inside = descriptor.part(at, source.memory)
+        target.copy_(inside)
 
     copy = Copy(run)
     now().copies.append(copy)
@@ -148,14 +142,13 @@ def _store_wait(pendings: int) -> None:
     stores[:] = [copy for copy in stores if not copy.done]
 
 
-def warpgroup_mma(a, b: Shared, acc, use_acc=True, is_async: bool = False):
+def warpgroup_mma(a, b: Shared, acc: Block, use_acc=True, is_async: bool = False):
     """``acc + a @ b`` in fp32, in time."""
 
     def compute() -> Block:
         left = a.memory if isinstance(a, Shared) else a
         out = left.float() @ b.memory.float()
-        before = acc.result if isinstance(acc, Product) else acc
-        return block(before + out if use_acc else out)
+        return block(acc + out if use_acc else out)
 
     product = Product(compute)
     now().group.products.append(product)
@@ -163,13 +156,14 @@ def warpgroup_mma(a, b: Shared, acc, use_acc=True, is_async: bool = False):
 
 
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: list = ()):
-    """``deps`` with the results of all products but the last so many of this group's."""
+    """``deps`` with their results, when no more than so many products of this group are left."""
     products = now().group.products
     while len(products) > num_outstanding:
         oldest = products.pop(0)
         oldest.result = oldest.compute()
-    done = [x.result if isinstance(x, Product) and x.result is not None else x for x in deps]
-    return done[0] if len(done) == 1 else tuple(done)
+    found = [x.result if isinstance(x, Product) else x for x in deps]
+    assert all(x is not None for x in found), "waited for fewer products than are used"
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 TMA = SimpleNamespace(async_load=_async_load, async_store=_async_store, store_wait=_store_wait)

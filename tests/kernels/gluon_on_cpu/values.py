@@ -87,11 +87,6 @@ def _load(pointer: Pointer):
     return _reduced(block(pointer.memory[int(pointer.offset)]))
 
 
-def _store(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
-    wanted = mask.expand(value.shape)
-    pointer.memory[pointer.offset.expand(value.shape)[wanted]] = value[wanted]
-
-
 def _atomic_add(pointer: Pointer, value, mask, sem: str) -> Block:
     before = torch.zeros_like(value)
     for lane in mask.nonzero().flatten().tolist():
@@ -123,19 +118,14 @@ LANGUAGE = {
     "static_range": irange,
     "to_tensor": scalar,
     "load": _load,
-    "store": _store,
     "atomic_add": _atomic_add,
     "arange": lambda start, end, layout: block(torch.arange(start, end)),
     "full": lambda shape, value, dtype, layout: block(torch.full(shape, value, dtype=dtype)),
-    "full_like": lambda x, value: block(torch.full_like(x, value)),
     "convert_layout": lambda x, layout, assert_trivial=False: x,
-    "split": lambda x: (x[..., 0], x[..., 1]),
-    "join": lambda x, y: torch.stack((x, y), -1),
     "where": _where,
     "maximum": _elementwise(torch.maximum),
     "minimum": _elementwise(torch.minimum),
     "exp2": torch.exp2,
-    "log2": torch.log2,
     "max": lambda x, axis: _reduced(x.amax(axis)),
     "sum": lambda x, axis: _reduced(x.sum(axis)),
     "NVMMADistributedLayout": Layout,
